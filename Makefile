@@ -1,0 +1,63 @@
+# Every verb sets up what it needs. The same verbs run in CI (.ci/run).
+PYTHON  ?= python3
+VENV    ?= .venv
+MODEL   ?= checkpoints/mini
+BUNDLE  ?= build/$(notdir $(MODEL:/=))
+PRECISIONS ?= fp32
+ENGINE  ?= auto
+GRPC    ?= 127.0.0.1:50051
+BIN     := $(VENV)/bin
+STAMP   := $(VENV)/.f2rt-installed
+PROTOS  := $(shell find proto -name '*.proto' 2>/dev/null)
+SPACE   := $(subst ,, )
+COMMA   := ,
+
+.DEFAULT_GOAL := help
+.PHONY: help setup proto proto-check lint type test engine parity serve bench clean
+
+help:  ## show the verbs
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  variables: MODEL=$(MODEL) BUNDLE=$(BUNDLE) PRECISIONS=\"$(PRECISIONS)\" ENGINE=$(ENGINE) GRPC=$(GRPC) PYTHON=$(PYTHON)"
+
+setup: $(STAMP)  ## create the environment (.venv) when it is missing or out of date
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else "f2rt needs Python 3.11 to 3.13, and $(PYTHON) is %d.%d. Choose one: make PYTHON=python3.12 ..." % v)'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+proto: setup  ## regenerate runtime/_pb from proto/
+	$(BIN)/python -m grpc_tools.protoc -Iruntime/_pb=proto --python_out=. --pyi_out=. --grpc_python_out=. $(PROTOS)
+
+proto-check: setup  ## fail when runtime/_pb differs from what proto/ generates
+	@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && \
+	$(BIN)/python -m grpc_tools.protoc -Iruntime/_pb=proto --python_out=$$out --pyi_out=$$out --grpc_python_out=$$out $(PROTOS) && \
+	for f in $$(cd $$out && find . -type f); do cmp -s "$$out/$$f" "$$f" || { echo "$$f differs from proto/: run 'make proto' and commit the result"; exit 1; }; done && \
+	echo "runtime/_pb matches proto/"
+
+lint: setup proto-check  ## style, import rules, generated stubs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: setup  ## mypy --strict
+	$(BIN)/mypy
+
+test: setup  ## the whole test suite
+	$(BIN)/python -m pytest
+
+engine: setup  ## MODEL -> BUNDLE: export, prove every engine against PyTorch
+	$(BIN)/f2rt export $(MODEL) --out $(BUNDLE) --precision $(subst $(SPACE),$(COMMA),$(strip $(PRECISIONS)))
+	$(BIN)/f2rt parity $(BUNDLE)
+
+parity: setup  ## compare the bundle's engines with PyTorch; writes BUNDLE/parity/report.json
+	$(BIN)/f2rt parity $(BUNDLE)
+
+serve: setup  ## serve BUNDLE over gRPC
+	$(BIN)/f2rt serve $(BUNDLE) --engine $(ENGINE) --grpc $(GRPC)
+
+bench: setup  ## the measurements in bench/ (minutes)
+	$(BIN)/python -m bench
+
+clean:  ## remove build products (keeps .venv)
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

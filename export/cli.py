@@ -1,0 +1,111 @@
+"""The `f2rt` command: the runtime's verbs, and those that make and prove bundles.
+
+Heavy libraries are imported inside the verb that needs them, so that the runtime's verbs start fast and work where
+only the runtime is installed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from runtime import console
+from runtime.cli import app
+from runtime.errors import missing_extra
+
+BundleOption = Annotated[Path, typer.Option("--out", help="The bundle's folder; an old bundle there is replaced.")]
+
+
+@contextlib.contextmanager
+def _export_extra() -> Iterator[None]:
+    """Say which extra is missing when a library of this package is not installed."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise missing_extra(str(error.name), "export") from error
+
+
+@app.command("export")
+def export_command(
+    model: Annotated[str, typer.Argument(help="Folder of a checkpoint, or a hub id (OWNER/NAME).")],
+    out: BundleOption,
+    precision: Annotated[str, typer.Option(help="Comma-separated: fp32.")] = "fp32",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+) -> None:
+    """Turn a checkpoint into a bundle: ONNX graphs with pooling inside. Prove it with `f2rt parity`."""
+    with console.readable_errors(), _export_extra():
+        from export.checkpoint import Checkpoint
+        from export.hub import locate
+        from export.pipeline import export_bundle
+        from export.precision import parse_precisions
+
+        precisions = parse_precisions(precision)
+        checkpoint = Checkpoint.open(locate(model, revision))
+        screen = console.out()
+        for notice in checkpoint.notices:
+            screen.print(f"notice: {notice}")
+        with console.bars() as bars:
+            bundle = export_bundle(
+                checkpoint,
+                out,
+                precisions,
+                lambda step, done: bars.update(step.label, done, step.total_bytes),
+            )
+        contract = bundle.manifest.contract
+        screen.print(
+            f"{model}: {contract.architecture}, {contract.dim} dimensions, up to {contract.max_tokens} tokens, "
+            f"EOS {contract.eos_id}"
+        )
+        for graph in bundle.manifest.graphs:
+            screen.print(f"wrote {bundle.path(graph.model.file)} ({graph.data.size_bytes / 1e6:.1f} MB of weights)")
+
+
+@app.command("parity")
+def parity_command(
+    bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
+    engine: Annotated[list[str] | None, typer.Option(help="Only this engine; may be repeated.")] = None,
+    texts: Annotated[Path | None, typer.Option(help="Your own texts, compared besides the shipped ones.")] = None,
+    model: Annotated[str | None, typer.Option(help="Where the checkpoint lies, if it was moved.")] = None,
+    report_dir: Annotated[Path | None, typer.Option(help="Also write report.json here.")] = None,
+) -> None:
+    """Compare every engine of a bundle with PyTorch. Exit status: 0 pass, 1 below a limit, 2 could not check."""
+    with console.readable_errors(), _export_extra():
+        from calibration.texts import read_texts, verification_texts
+        from export.prove import prove_bundle
+        from export.report import print_report
+
+        samples = verification_texts() + (read_texts(texts) if texts else [])
+        with console.bars() as bars:
+            report = prove_bundle(
+                bundle, samples, engine_names=engine, model=model, report_dir=report_dir, progress=bars.update
+            )
+        screen = console.out()
+        print_report(report, screen)
+        screen.print(f"report: {bundle / 'parity' / 'report.json'}")
+    raise typer.Exit({"pass": 0, "fail": 1, "not_executed": 2}[report.verdict])
+
+
+@app.command("synth")
+def synth_command(
+    size: Annotated[str, typer.Argument(help="80M, 160M, 330M, 0.6B, 1.7B, 4B, 8B or 14B.")],
+    out: Annotated[Path, typer.Option("--out", help="The checkpoint's folder.")],
+    tokenizer: Annotated[Path, typer.Option(help="A checkpoint folder to take the tokenizer from.")] = Path(
+        "checkpoints/mini"
+    ),
+) -> None:
+    """Write a checkpoint of a family member's true shape with random weights, for benchmarks and scale tests."""
+    with console.readable_errors(), _export_extra():
+        from export.synth import write_checkpoint
+
+        with console.bars() as bars:
+            write_checkpoint(size, out, tokenizer_from=tokenizer, progress=bars.update)
+        console.out().print(f"wrote {out}")
+
+
+def main() -> None:
+    """Run the command."""
+    app()

@@ -1,0 +1,190 @@
+"""The encoder as an ONNX graph, written node by node from the checkpoint's shape.
+
+Nothing is traced and no weight is read: the graph follows from the configuration. Standard operators of opset 23
+only, so that every backend compiles the graph that was checked:
+
+    token table -> layers x [RMSNormalization, q k v, RMSNormalization per head, RotaryEmbedding, causal GQA Attention,
+    o, RMSNormalization, SwiGLU] -> RMSNormalization -> L2 normalization
+
+with the layer as defined by Qwen3 (transformers, models/qwen3/modeling_qwen3.py). Two things differ from a
+transcription, both exact:
+
+* There is no padding mask. With right padding and causal attention no real token ever sees a pad.
+* Only the last token leaves the last layer. So there, queries, the output projection and the MLP are computed for
+  that one row per text; keys and values for all. That single query looks at all tokens left of it, which `is_causal`
+  cannot say for a query cut out of its sequence: this layer alone takes the attention mask, [batch, 1, 1, sequence].
+
+Shapes: B batch, S sequence, H heads, K kv heads, D head dim, N hidden.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from export.config import EncoderConfig
+from export.external_data import DataLayout
+
+OPSET = 23
+IR_VERSION = 11
+OUTPUT = "sentence_embedding"  # `embedding` clashes with a name inside the model and makes it invalid
+
+
+def build_encoder(config: EncoderConfig, layout: DataLayout, *, producer_version: str) -> ir.Model:
+    """Return the fp32 graph on `layout`. Inputs int64 [batch, sequence], output float32 [batch, N], unit length."""
+    builder = _Builder(config, layout)
+    output = builder.encoder()
+    graph = ir.Graph(
+        [builder.input_ids, builder.attention_mask],
+        [output],
+        nodes=builder.tape.nodes,
+        initializers=list(builder.initializers.values()),
+        opset_imports={"": OPSET},
+        name="encoder",
+    )
+    return ir.Model(graph, ir_version=IR_VERSION, producer_name="f2rt", producer_version=producer_version)
+
+
+def rotary_tables(config: EncoderConfig) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return cos and sin of position x inverse frequency, float32 [max_positions, D/2].
+
+    Formula: inv_freq[i] = theta^(-2i/D) (RoFormer, Su et al. 2021, section 3.2.2), in float32 as transformers does.
+    """
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    inv_freq = np.float32(1.0) / np.float32(config.rope_theta) ** exponents
+    angles = np.arange(config.max_positions, dtype=np.float32)[:, None] * inv_freq[None, :]
+    return np.cos(angles), np.sin(angles)
+
+
+class _Builder:
+    """The state of one graph under construction."""
+
+    def __init__(self, config: EncoderConfig, layout: DataLayout) -> None:
+        self.config = config
+        self.layout = layout
+        self.shapes = config.weight_shapes()
+        self.tape = ir.tape.Tape()
+        self.initializers: dict[str, ir.Value] = {}
+        self.input_ids = _input("input_ids")
+        self.attention_mask = _input("attention_mask")
+
+    # --- leaves
+
+    def weight(self, name: str, *, transposed: bool = False) -> ir.Value:
+        value = self.layout.weight(name, self.shapes[name], transposed=transposed)
+        return self.initializers.setdefault(str(value.name), value)
+
+    def ints(self, name: str, values: list[int] | int) -> ir.Value:
+        """A small int64 constant, kept inside the model file; equal names share one."""
+        if name not in self.initializers:
+            array = np.array(values, np.int64)
+            kind = ir.TensorType(ir.DataType.INT64)
+            tensor = ir.tensor(array, name=name)
+            self.initializers[name] = ir.Value(name=name, shape=ir.Shape(array.shape), type=kind, const_value=tensor)
+        return self.initializers[name]
+
+    def op(self, kind: str, name: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
+        """Append one node called `name`, whose output has the same name."""
+        value = self.tape.op(kind, list(inputs), attributes, name=name)
+        value.name = f"{name}.out"
+        return value
+
+    # --- parts
+
+    def norm(self, x: ir.Value, name: str) -> ir.Value:
+        return self.op(
+            "RMSNormalization",
+            name,
+            x,
+            self.weight(f"{name}.weight"),
+            axis=-1,
+            epsilon=self.config.rms_norm_eps,
+        )
+
+    def linear(self, x: ir.Value, name: str) -> ir.Value:
+        return self.op("MatMul", name, x, self.weight(f"{name}.weight", transposed=True))
+
+    def rotated_heads(self, x: ir.Value, name: str, heads: int, position_ids: ir.Value) -> ir.Value:
+        """[B, S, heads x D] -> per-head RMSNorm -> rotary embedding -> [B, S, heads x D]."""
+        d = self.config.head_dim
+        split = self.op("Reshape", f"{name}.split", x, self.ints(f"shape.heads_{heads}", [0, 0, heads, d]))
+        flat = self.op(
+            "Reshape",
+            f"{name}.merge",
+            self.norm(split, name),
+            self.ints(f"shape.flat_{heads}", [0, 0, heads * d]),
+        )
+        return self.op("RotaryEmbedding", f"{name}.rotary", flat, self.cos, self.sin, position_ids, num_heads=heads)
+
+    def mlp(self, x: ir.Value, layer: str) -> ir.Value:
+        """Return down(silu(gate(x)) * up(x)); silu(g) = g * sigmoid(g)."""
+        gate = self.linear(x, f"{layer}.mlp.gate_proj")
+        up = self.linear(x, f"{layer}.mlp.up_proj")
+        sigmoid = self.op("Sigmoid", f"{layer}.mlp.sigmoid", gate)
+        silu = self.op("Mul", f"{layer}.mlp.silu", gate, sigmoid)
+        return self.linear(self.op("Mul", f"{layer}.mlp.gated", silu, up), f"{layer}.mlp.down_proj")
+
+    def layer(self, x: ir.Value, index: int) -> ir.Value:
+        """One decoder layer; the last one returns [B, 1, N], the pooled token's row."""
+        c, layer = self.config, f"layers.{index}"
+        attention = f"{layer}.self_attn"
+        last = index == c.layers - 1
+        normed = self.norm(x, f"{layer}.input_layernorm")
+        queried = normed
+        query_positions = self.position_ids
+        if last:
+            x = self.op("GatherND", "pool.residual", x, self.last_index, batch_dims=1)
+            queried = self.op("GatherND", "pool.query", normed, self.last_index, batch_dims=1)
+            query_positions = self.last_position
+        q = self.rotated_heads(
+            self.linear(queried, f"{attention}.q_proj"), f"{attention}.q_norm", c.heads, query_positions
+        )
+        k = self.rotated_heads(
+            self.linear(normed, f"{attention}.k_proj"), f"{attention}.k_norm", c.kv_heads, self.position_ids
+        )
+        v = self.linear(normed, f"{attention}.v_proj")
+        heads = {"q_num_heads": c.heads, "kv_num_heads": c.kv_heads, "scale": c.head_dim**-0.5}
+        if last:
+            mixed = self.op("Attention", attention, q, k, v, self.key_mask, is_causal=0, **heads)
+        else:
+            mixed = self.op("Attention", attention, q, k, v, is_causal=1, **heads)
+        x = self.op("Add", f"{attention}.residual", x, self.linear(mixed, f"{attention}.o_proj"))
+        normed = self.norm(x, f"{layer}.post_attention_layernorm")
+        return self.op("Add", f"{layer}.mlp.residual", x, self.mlp(normed, layer))
+
+    def encoder(self) -> ir.Value:
+        self._shared()
+        x = self.op("Gather", "embed_tokens", self.weight("embed_tokens.weight"), self.input_ids)
+        for index in range(self.config.layers):
+            x = self.layer(x, index)
+        pooled = self.op("Squeeze", "pool", self.norm(x, "norm"), self.ints("axis.1", [1]))
+        output = self.op("LpNormalization", "normalize", pooled, axis=-1, p=2)
+        output.name = OUTPUT
+        output.shape = ir.Shape(["batch", self.config.hidden_size])
+        output.type = ir.TensorType(ir.DataType.FLOAT)
+        return output
+
+    def _shared(self) -> None:
+        """What all layers use: rotary tables and positions, and where the last token stands."""
+        cos, sin = rotary_tables(self.config)
+        self.cos = self.layout.constant("rotary.cos", cos)
+        self.sin = self.layout.constant("rotary.sin", sin)
+        self.initializers |= {"rotary.cos": self.cos, "rotary.sin": self.sin}
+        one = self.ints("one", 1)
+        shape = self.op("Shape", "input_shape", self.input_ids)
+        width = self.op("Gather", "width", shape, one)
+        positions = self.op("Range", "positions", self.ints("zero", 0), width, one)
+        # Explicitly [B, S]: RotaryEmbedding without it bakes one batch size into the graph.
+        self.position_ids = self.op("Expand", "position_ids", positions, shape)
+        length = self.op("ReduceSum", "length", self.attention_mask, self.ints("axis.1", [1]), keepdims=1)
+        self.last_position = self.op("Sub", "last_position", length, one)  # [B, 1]
+        self.last_index = self.op("Unsqueeze", "last_index", self.last_position, self.ints("axis.2", [2]))
+        real = self.op("Cast", "real_tokens", self.attention_mask, to=ir.DataType.BOOL)
+        self.key_mask = self.op("Unsqueeze", "key_mask", real, self.ints("axes.1_2", [1, 2]))  # [B, 1, 1, S]
+
+
+def _input(name: str) -> ir.Value:
+    return ir.Value(name=name, shape=ir.Shape(["batch", "sequence"]), type=ir.TensorType(ir.DataType.INT64))

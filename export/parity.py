@@ -1,0 +1,361 @@
+"""The proof: every engine of a bundle against PyTorch, row by row.
+
+An engine is run in each way that has gone wrong somewhere: single texts, batches, another order, equal lengths (where a
+missing causal mask hides), heavy padding (where a missing length hides), and cut to each trained dimension. Each row is
+compared with the reference of that text. Tokenization is compared apart, so that an engine's verdict is about the
+engine, and a wrong token is named as one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calibration.texts import Text, texts_sha256
+from export.pipeline import versions
+from export.reference import Reference, unit
+from export.report import (
+    REPORT_SCHEMA_VERSION,
+    Check,
+    Coverage,
+    EngineReport,
+    ParityReport,
+    TokenMismatch,
+    WorstText,
+)
+from runtime.batch import make_batch
+from runtime.bundle import Bundle, Contract, EngineRecord, Verdict
+from runtime.embedder import finish
+from runtime.engines import Engine
+from runtime.errors import EngineError, InputError, MissingExtraError
+from runtime.golden import Golden, row_cosines
+from runtime.loader import open_raw_engine
+from runtime.settings import EngineSettings
+from runtime.tokenizer import Instruction, TextTokenizer
+from runtime.tolerances import Tolerance, tolerance
+
+BATCH_ROWS = 16
+BATCHED_TEXT_TOKENS = 256  # longer texts are compared singly: in a batch they would only cost padding
+EQUAL_LENGTH_TOKENS = 32
+PADDED_TEXT_TOKENS = 16
+PADDED_WIDTH_TOKENS = 1024
+GOLDEN_TEXTS = 16
+GOLDEN_TEXT_TOKENS = 64
+WORST_TEXTS = 5
+
+Vectors = NDArray[np.float32]
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A text with the ids transformers gives it and the vector PyTorch gives those ids."""
+
+    text: Text
+    rendered: str
+    ids: list[int]
+    vector: Vectors
+
+
+def check_bundle(
+    bundle: Bundle,
+    reference: Reference,
+    texts: Sequence[Text],
+    *,
+    engine_names: Sequence[str] | None = None,
+    progress: Progress = lambda label, done, total: None,
+    settings: EngineSettings = EngineSettings(),
+) -> tuple[ParityReport, Golden]:
+    """Compare the engines named, or all, with the reference on `texts`.
+
+    Returns the report and the golden vectors for the bundle. Raises NotFoundError for an unknown engine name and
+    InputError for no texts.
+    """
+    if not texts:
+        raise InputError("there are no texts to compare on.", cure="Give a file with at least one text.")
+    start = time.perf_counter()
+    contract = bundle.manifest.contract
+    records = [bundle.engine(n) for n in engine_names] if engine_names else bundle.manifest.engines
+    samples, missing_prompts = make_samples(reference, contract, texts, progress)
+    mismatches = compare_tokenizers(bundle, samples)
+    engines = [_check_engine(bundle, record, reference, samples, progress, settings) for record in records]
+    verdicts = {e.verdict for e in engines}
+    verdict: Verdict = "fail" if mismatches or "fail" in verdicts else "pass" if "pass" in verdicts else "not_executed"
+    if mismatches:
+        engines = [_fail_for_tokenizer(e) for e in engines]
+    report = ParityReport(
+        schema_version=REPORT_SCHEMA_VERSION,
+        verdict=verdict,
+        created_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        bundle_fingerprint=bundle.manifest.fingerprint,
+        source=bundle.manifest.source,
+        coverage=_coverage(samples, contract, missing_prompts),
+        tokenizer_mismatches=mismatches,
+        engines=engines,
+        versions=versions(["numpy", "onnxruntime", "tokenizers"]) | reference.versions,
+        duration_s=round(time.perf_counter() - start, 3),
+    )
+    return report, golden_of(samples)
+
+
+def make_samples(
+    reference: Reference, contract: Contract, texts: Sequence[Text], progress: Progress
+) -> tuple[list[Sample], list[str]]:
+    """Run the reference over all texts. Returns the samples and the names of prompts the checkpoint does not have."""
+    samples, missing = [], set()
+    for index, text in enumerate(texts):
+        progress("PyTorch reference", index, len(texts))
+        if text.prompt is not None and text.prompt not in contract.prompts:
+            missing.add(text.prompt)
+        rendered = contract.prompts.get(text.prompt or "", "") + text.text
+        ids = reference.tokenize(rendered, contract.max_tokens)
+        samples.append(Sample(text, rendered, ids, reference.embed(ids)))
+    progress("PyTorch reference", len(texts), len(texts))
+    return samples, sorted(missing)
+
+
+def compare_tokenizers(bundle: Bundle, samples: Sequence[Sample]) -> list[TokenMismatch]:
+    """Compare the runtime's ids with transformers' for every text; names what differs."""
+    contract = bundle.manifest.contract
+    tokenizer = TextTokenizer(bundle.path(bundle.manifest.tokenizer.file), contract)
+    encoded = tokenizer.encode([s.rendered for s in samples], Instruction(prompt=""))
+    mismatches = []
+    for sample, item in zip(samples, encoded, strict=True):
+        found, expected = item.ids, sample.ids
+        if found == expected:
+            continue
+        pairs = enumerate(zip(found, expected, strict=False))
+        at = next((i for i, (a, b) in pairs if a != b), min(len(found), len(expected)))
+        if expected[-1] == contract.eos_id and found == expected[:-1]:
+            explanation = f"EOS ({contract.eos_id}) is missing at the end of the runtime's {len(found)} ids"
+        else:
+            explanation = (
+                f"ids differ from position {at}: runtime {found[at : at + 4]}, transformers {expected[at : at + 4]} "
+                f"({len(found)} and {len(expected)} ids)"
+            )
+        mismatches.append(TokenMismatch(sample.text.id, at, len(found), len(expected), explanation))
+    return mismatches
+
+
+def golden_of(samples: Sequence[Sample]) -> Golden:
+    """Choose the golden texts: short ones, of every kind in turn, always the same for the same texts."""
+    short = [s for s in samples if len(s.ids) <= GOLDEN_TEXT_TOKENS] or list(samples)
+    by_kind: dict[str, list[Sample]] = {}
+    for sample in sorted(short, key=lambda s: hashlib.sha256(s.text.id.encode()).digest()):
+        by_kind.setdefault(sample.text.kind, []).append(sample)
+    queues = [by_kind[kind] for kind in sorted(by_kind)]
+    turns = max(map(len, queues))
+    chosen = [queue[turn] for turn in range(turns) for queue in queues if turn < len(queue)][:GOLDEN_TEXTS]
+    return Golden(
+        texts=[s.rendered for s in chosen],
+        ids=[s.ids for s in chosen],
+        embeddings=np.stack([s.vector for s in chosen]),
+    )
+
+
+def _fail_for_tokenizer(report: EngineReport) -> EngineReport:
+    """An engine fed with wrong tokens gives wrong vectors, however exact it is."""
+    if report.verdict == "not_executed":
+        return report
+    cause = "the runtime's tokenizer does not give transformers' token ids"
+    return dataclasses.replace(report, verdict="fail", diagnosis=[cause, *report.diagnosis])
+
+
+def _check_engine(
+    bundle: Bundle,
+    record: EngineRecord,
+    reference: Reference,
+    samples: Sequence[Sample],
+    progress: Progress,
+    settings: EngineSettings,
+) -> EngineReport:
+    try:
+        engine = open_raw_engine(bundle, record, settings)
+    except (EngineError, MissingExtraError) as error:
+        return EngineReport(
+            record.name,
+            record.precision,
+            record.fingerprint,
+            "not_executed",
+            None,
+            reason=f"not executed: {error}",
+        )
+    limits = tolerance(record.precision)
+    try:
+        runs = _Runs(engine, samples, bundle.manifest.contract, reference, progress)
+        checks = runs.checks(limits)
+    except EngineError as error:
+        return EngineReport(
+            record.name,
+            record.precision,
+            record.fingerprint,
+            "fail",
+            limits,
+            diagnosis=[f"it does not run: {error}"],
+        )
+    finally:
+        engine.close()
+    verdict: Verdict = "pass" if all(c.verdict == "pass" for c in checks) else "fail"
+    diagnosis: list[str] = []
+    if verdict == "fail":
+        from export.diagnosis import diagnose
+
+        diagnosis = diagnose(bundle, record, reference, samples, runs.single)
+    return EngineReport(
+        record.name,
+        record.precision,
+        record.fingerprint,
+        verdict,
+        limits,
+        checks,
+        _worst(samples, runs.single),
+        diagnosis,
+    )
+
+
+class _Runs:
+    """One engine, run in every way; `single` keeps its vectors for single texts, in the order of the samples."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        samples: Sequence[Sample],
+        contract: Contract,
+        reference: Reference,
+        progress: Progress,
+    ) -> None:
+        self._engine = engine
+        self._samples = samples
+        self._contract = contract
+        self._reference = reference
+        self._progress = progress
+        self.single = self._batches([[s.ids] for s in samples], "single texts")
+
+    def checks(self, limits: Tolerance) -> list[Check]:
+        expected = np.stack([s.vector for s in self._samples])
+        results = [compare("single", self.single, expected, limits)]
+        results += self._batched(expected, limits)
+        results += self._equal_length(limits)
+        results += self._padded(expected, limits)
+        for dim in self._contract.trained_dims[:-1]:
+            cut = np.stack([unit(row[:dim]) for row in expected])
+            results.append(compare(f"dim {dim}", finish(self.single, dim, True), cut, limits))
+        return results
+
+    def _batched(self, expected: Vectors, limits: Tolerance) -> list[Check]:
+        order = [i for i, s in enumerate(self._samples) if len(s.ids) <= BATCHED_TEXT_TOKENS]
+        shuffled = [order[i] for i in np.random.default_rng(0).permutation(len(order))]
+        results = []
+        for name, indices in (("batch", order), ("permuted", shuffled)):
+            if not indices:
+                continue
+            groups = [indices[i : i + BATCH_ROWS] for i in range(0, len(indices), BATCH_ROWS)]
+            vectors = self._batches([[self._samples[i].ids for i in g] for g in groups], name)
+            results.append(compare(name, vectors, expected[indices], limits, single=self.single[indices]))
+        return results
+
+    def _equal_length(self, limits: Tolerance) -> list[Check]:
+        """Cut texts to one length, EOS kept last: nothing is padded, so a mask that leans on padding shows."""
+        eos = self._contract.eos_id
+        long = [s for s in self._samples if len(s.ids) >= EQUAL_LENGTH_TOKENS][: 2 * BATCH_ROWS]
+        if not long:
+            return []
+        rows = [[*s.ids[: EQUAL_LENGTH_TOKENS - 1], eos] for s in long]
+        expected = np.stack([self._reference.embed(ids) for ids in rows])
+        groups = [rows[i : i + BATCH_ROWS] for i in range(0, len(rows), BATCH_ROWS)]
+        return [compare("equal length", self._batches(groups, "equal length"), expected, limits)]
+
+    def _padded(self, expected: Vectors, limits: Tolerance) -> list[Check]:
+        """Put short texts into a wide batch: nearly everything in it is padding."""
+        short = [i for i, s in enumerate(self._samples) if len(s.ids) <= PADDED_TEXT_TOKENS][:BATCH_ROWS]
+        if not short:
+            return []
+        width = min(PADDED_WIDTH_TOKENS, self._contract.max_tokens)
+        batch = make_batch([self._samples[i].ids for i in short], self._contract.pad_id, width=width)
+        return [compare("padded", self._engine.run(batch), expected[short], limits, single=self.single[short])]
+
+    def _batches(self, groups: Sequence[Sequence[list[int]]], label: str) -> Vectors:
+        parts = []
+        for index, group in enumerate(groups):
+            self._progress(f"{self._engine.name}: {label}", index, len(groups))
+            parts.append(self._engine.run(make_batch(group, self._contract.pad_id)))
+        self._progress(f"{self._engine.name}: {label}", len(groups), len(groups))
+        return np.concatenate(parts)
+
+
+def compare(name: str, found: Vectors, expected: Vectors, limits: Tolerance, *, single: Vectors | None = None) -> Check:
+    """Compare rows of unit vectors [rows, dim] with the reference, each row for itself, in float64."""
+    cosines = row_cosines(found, expected)
+    wide = found.astype(np.float64)
+    non_finite = int(np.count_nonzero(~np.isfinite(wide)))
+    clean = np.nan_to_num(wide, nan=2.0, posinf=2.0, neginf=-2.0)
+    max_abs_diff = float(np.abs(clean - expected).max())
+    norm_error = float(np.abs(np.linalg.norm(clean, axis=1) - 1).max())
+    problems = []
+    if non_finite:
+        problems.append(f"{non_finite} values are not finite")
+    if cosines.min() < limits.min_cosine:
+        problems.append(f"min cosine {cosines.min():.7f} is below {limits.min_cosine}")
+    if cosines.mean() < limits.mean_cosine:
+        problems.append(f"mean cosine {cosines.mean():.7f} is below {limits.mean_cosine}")
+    if max_abs_diff > limits.max_abs_diff:
+        problems.append(f"max |diff| {max_abs_diff:.1e} is above {limits.max_abs_diff}")
+    if norm_error > limits.norm_error:
+        problems.append(f"norm error {norm_error:.1e} is above {limits.norm_error}")
+    return Check(
+        name=name,
+        rows=len(found),
+        cosine_min=float(cosines.min()),
+        cosine_p01=float(np.quantile(cosines, 0.01)),
+        cosine_mean=float(cosines.mean()),
+        max_abs_diff=max_abs_diff,
+        norm_error_max=norm_error,
+        non_finite=non_finite,
+        verdict="fail" if problems else "pass",
+        problems=problems,
+        vs_single_min_cosine=None if single is None else float(row_cosines(found, single).min()),
+    )
+
+
+def _worst(samples: Sequence[Sample], vectors: Vectors) -> list[WorstText]:
+    cosines = row_cosines(vectors, np.stack([s.vector for s in samples]))
+    worst = np.argsort(cosines, kind="stable")[:WORST_TEXTS]
+    return [
+        WorstText(
+            id=samples[i].text.id,
+            language=samples[i].text.language,
+            kind=samples[i].text.kind,
+            tokens=len(samples[i].ids),
+            cosine=float(cosines[i]),
+            excerpt=" ".join(samples[i].text.text.split())[:40],
+        )
+        for i in worst
+    ]
+
+
+def _coverage(samples: Sequence[Sample], contract: Contract, missing_prompts: list[str]) -> Coverage:
+    texts = [s.text for s in samples]
+    code = {t.language for t in texts if t.kind == "code"}
+    natural = {t.language for t in texts if t.kind != "code"} - code - {"und", "zxx", "mul"}
+    lengths = [len(s.ids) for s in samples]
+    return Coverage(
+        texts=len(texts),
+        texts_sha256=texts_sha256(texts),
+        languages=len(natural),
+        scripts=len({t.script for t in texts} - {"Zyyy"}),
+        programming_languages=len(code),
+        by_kind=dict(sorted(Counter(t.kind for t in texts).items())),
+        tokens_total=sum(lengths),
+        tokens_longest=max(lengths),
+        max_tokens=contract.max_tokens,
+        truncated=sum(n == contract.max_tokens for n in lengths),
+        prompts_missing=missing_prompts,
+    )

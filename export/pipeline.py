@@ -1,0 +1,139 @@
+"""Export: a checkpoint becomes a bundle, whole or not at all."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+import runtime
+from export.checkpoint import Checkpoint
+from export.conventions import TOKENIZER
+from export.encoder import OPSET, build_encoder
+from export.external_data import DataLayout, write
+from export.precision import Precision
+from runtime.bundle import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    Bundle,
+    EngineRecord,
+    GraphRecord,
+    Manifest,
+    content_fingerprint,
+    engine_fingerprint,
+    open_bundle,
+    record_file,
+    write_manifest,
+)
+from runtime.errors import OutputError
+from runtime.files import staged_folder
+
+_VERSIONED = ["ml-dtypes", "numpy", "onnx-ir", "onnxruntime", "safetensors", "tokenizers"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What `export_bundle` is doing, for a progress display: bytes done of bytes in all."""
+
+    label: str
+    total_bytes: int
+
+
+Progress = Callable[[Step, int], None]
+
+
+def export_bundle(
+    checkpoint: Checkpoint,
+    folder: Path,
+    precisions: list[Precision],
+    progress: Progress = lambda step, done: None,
+) -> Bundle:
+    """Write a bundle to `folder`, replacing the bundle there in one step.
+
+    Raises CheckpointError for weights that cannot be used, OutputError when the folder cannot be written or holds
+    something that is not a bundle. Until the last moment the old bundle is untouched.
+    """
+    _check_target(folder)
+    source_bytes = sum(f.stat().st_size for f in checkpoint.weights.files)
+    hashing = Step("hash the source", source_bytes)
+    progress(hashing, 0)
+    source = checkpoint.source()
+    progress(hashing, source_bytes)
+    with staged_folder(folder) as staging:
+        shutil.copyfile(checkpoint.folder / TOKENIZER, staging / TOKENIZER)
+        tokenizer = record_file(staging, TOKENIZER)
+        content = content_fingerprint(checkpoint.contract, tokenizer, source)
+        graphs = [write_graph(checkpoint, staging, precision, progress) for precision in precisions]
+        manifest = Manifest(
+            schema_version=SCHEMA_VERSION,
+            fingerprint=content,
+            created_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            source=source,
+            contract=checkpoint.contract,
+            tokenizer=tokenizer,
+            graphs=graphs,
+            engines=[onnxruntime_engine(content, graph) for graph in graphs],
+            golden=None,
+            versions=versions(_VERSIONED),
+            notices=checkpoint.notices,
+        )
+        write_manifest(staging, manifest)
+    return open_bundle(folder)
+
+
+def write_graph(checkpoint: Checkpoint, root: Path, precision: Precision, progress: Progress) -> GraphRecord:
+    """Write graphs/<precision>.onnx and its data under `root`. Raises CheckpointError, OSError."""
+    model_file, data_file = f"graphs/{precision}.onnx", f"graphs/{precision}.onnx.data"
+    (root / "graphs").mkdir(exist_ok=True)
+    layout = DataLayout(Path(data_file).name)
+    model = build_encoder(checkpoint.config, layout, producer_version=runtime.__version__)
+    step = Step(f"write the {precision} graph", layout.size_bytes)
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(step, done)
+
+    data_sha256 = write(layout, checkpoint.weights, root / data_file, advance)
+    ir.save(model, root / model_file)
+    return GraphRecord(
+        precision, record_file(root, model_file), record_file(root, data_file, sha256=data_sha256), OPSET
+    )
+
+
+def onnxruntime_engine(content: str, graph: GraphRecord) -> EngineRecord:
+    """Return the record of the engine that needs no build: ONNX Runtime on the graph itself."""
+    return EngineRecord(
+        name=f"onnxruntime:{graph.precision}",
+        backend="onnxruntime",
+        precision=graph.precision,
+        file=graph.model.file,
+        sha256=graph.model.sha256,
+        fingerprint=engine_fingerprint(content, graph, "onnxruntime", graph.model.sha256),
+        builder={"f2rt": runtime.__version__},
+        flags=[f"opset {graph.opset}"],
+    )
+
+
+def versions(packages: list[str]) -> dict[str, str]:
+    """Return the versions of f2rt, Python and the packages named."""
+    found = {name: importlib.metadata.version(name) for name in packages}
+    return {"f2rt": runtime.__version__, "python": platform.python_version(), **found}
+
+
+def _check_target(folder: Path) -> None:
+    """Refuse to replace anything that is not a bundle: the target folder is exchanged as a whole."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise OutputError(f"{folder} is not a folder.", cure="Choose another --out.")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+        raise OutputError(
+            f"{folder} holds files but no {MANIFEST}; it is not a bundle and is not replaced.",
+            cure="Choose an empty or new folder for --out.",
+        )

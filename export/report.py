@@ -1,0 +1,169 @@
+"""What a comparison with PyTorch found, as data, as JSON and as a table. Knows no engine and computes no cosine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import msgspec
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text as Line
+
+from runtime.bundle import Source, Verdict
+from runtime.tolerances import Tolerance
+
+REPORT_SCHEMA_VERSION = 1
+_COLOURS = {"pass": "green", "fail": "red", "not_executed": "yellow"}
+
+
+@dataclass(frozen=True)
+class WorstText:
+    """One of the texts an engine did worst on."""
+
+    id: str
+    language: str
+    kind: str
+    tokens: int
+    cosine: float
+    excerpt: str
+
+
+@dataclass(frozen=True)
+class Check:
+    """One way of running the texts, row by row against the reference.
+
+    `cosine_p01` is the first percentile. `vs_single_min_cosine` compares with the same engine's own vectors for single
+    texts, where that makes sense. `problems` holds one sentence per limit that was broken.
+    """
+
+    name: str
+    rows: int
+    cosine_min: float
+    cosine_p01: float
+    cosine_mean: float
+    max_abs_diff: float
+    norm_error_max: float
+    non_finite: int
+    verdict: Verdict
+    problems: list[str]
+    vs_single_min_cosine: float | None = None
+
+
+@dataclass(frozen=True)
+class TokenMismatch:
+    """A text for which the runtime's tokenizer and transformers' give different ids."""
+
+    id: str
+    position: int
+    found_tokens: int
+    expected_tokens: int
+    explanation: str
+
+
+@dataclass(frozen=True)
+class EngineReport:
+    """All checks of one engine. `diagnosis` names the likely cause of a failure."""
+
+    engine: str
+    precision: str
+    fingerprint: str
+    verdict: Verdict
+    tolerance: Tolerance | None
+    checks: list[Check] = field(default_factory=list)
+    worst: list[WorstText] = field(default_factory=list)
+    diagnosis: list[str] = field(default_factory=list)
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What the texts cover. Token counts include prompt and EOS."""
+
+    texts: int
+    texts_sha256: str
+    languages: int
+    scripts: int
+    programming_languages: int
+    by_kind: dict[str, int]
+    tokens_total: int
+    tokens_longest: int
+    max_tokens: int
+    truncated: int
+    prompts_missing: list[str]
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """The content of report.json."""
+
+    schema_version: int
+    verdict: Verdict
+    created_at: str
+    bundle_fingerprint: str
+    source: Source
+    coverage: Coverage
+    tokenizer_mismatches: list[TokenMismatch]
+    engines: list[EngineReport]
+    versions: dict[str, str]
+    duration_s: float
+
+
+def to_json(report: ParityReport) -> bytes:
+    """Return report.json's bytes: UTF-8, indented, one trailing newline."""
+    return msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n"
+
+
+def print_report(report: ParityReport, console: Console) -> None:
+    """Print verdict, checks and worst texts."""
+    c = report.coverage
+    console.print(
+        f"{c.texts} texts, {c.languages} languages in {c.scripts} scripts, {c.programming_languages} programming "
+        f"languages; {c.tokens_total} tokens, the longest text {c.tokens_longest} of {c.max_tokens}, "
+        f"{c.truncated} truncated"
+    )
+    for name in c.prompts_missing:
+        console.print(f"the checkpoint has no prompt {name!r}: those texts were taken without one")
+    for mismatch in report.tokenizer_mismatches[:5]:
+        console.print(f"[red]tokenizer[/]: {mismatch.id}: {mismatch.explanation}", highlight=False)
+    if len(report.tokenizer_mismatches) > 5:
+        console.print(f"[red]tokenizer[/]: … and {len(report.tokenizer_mismatches) - 5} more texts")
+    for engine in report.engines:
+        console.print(_engine(engine))
+    console.print(_stamp(report.verdict), f"in {report.duration_s:.1f} s")
+
+
+def _stamp(verdict: Verdict) -> Line:
+    return Line(verdict.upper().replace("_", " "), style=f"bold {_COLOURS[verdict]}")
+
+
+def _engine(report: EngineReport) -> RenderableType:
+    title = Line.assemble((report.engine, "bold"), f"  {report.fingerprint}  ", _stamp(report.verdict))
+    if report.reason:
+        return Group(title, Line(report.reason))
+    table = Table(show_edge=False, pad_edge=False, header_style="bold")
+    table.add_column("check")
+    for column in ("rows", "min cosine", "p01", "mean", "max |diff|", "norm error", "non-finite", ""):
+        table.add_column(column, justify="right")
+    for check in report.checks:
+        numbers = (f"{check.cosine_min:.7f}", f"{check.cosine_p01:.7f}", f"{check.cosine_mean:.7f}")
+        errors = (f"{check.max_abs_diff:.1e}", f"{check.norm_error_max:.1e}", str(check.non_finite))
+        table.add_row(check.name, str(check.rows), *numbers, *errors, _stamp(check.verdict))
+    problems = [Line(f"{check.name}: {p}", style="red") for check in report.checks for p in check.problems]
+    causes = [Line(f"likely cause: {text}", style="bold red") for text in report.diagnosis]
+    limits = report.tolerance
+    assert limits is not None
+    limit = Line(
+        f"limits for {report.precision}: min cosine {limits.min_cosine}, mean {limits.mean_cosine}, "
+        f"max |diff| {limits.max_abs_diff}, norm error {limits.norm_error}",
+        style="dim",
+    )
+    return Group(title, table, limit, *problems, *causes, _worst(report))
+
+
+def _worst(report: EngineReport) -> Table:
+    table = Table(show_edge=False, pad_edge=False, header_style="bold", title="worst texts", title_justify="left")
+    for column in ("cosine", "tokens", "language", "id", "text"):
+        table.add_column(column, justify="right" if column in ("cosine", "tokens") else "left", no_wrap=True)
+    for text in report.worst:
+        table.add_row(f"{text.cosine:.7f}", str(text.tokens), text.language, Line(text.id), Line(text.excerpt))
+    return table

@@ -1,0 +1,274 @@
+"""The bundle: the contract between export and runtime, and the only code that knows its layout.
+
+A bundle is a folder:
+
+    manifest.json                 everything below, with hashes; written last, read first
+    tokenizer.json                the checkpoint's, byte for byte
+    graphs/<precision>.onnx       inputs `input_ids`, `attention_mask` int64 [batch, sequence], right-padded;
+    graphs/<precision>.onnx.data  output `sentence_embedding` float32 [batch, dim], unit length
+    golden.npz                    token ids and PyTorch float32 vectors of the golden texts
+    parity/report.json            the comparison with PyTorch
+
+It deliberately knows nothing of how these files are made or executed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from runtime.errors import BundleError, NotFoundError
+from runtime.files import sha256_file, write_atomic
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.json"
+GOLDEN = "golden.npz"
+REPORT = "parity/report.json"
+
+Verdict = Literal["pass", "fail", "not_executed"]
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file of the source or the bundle: path relative to its root, SHA-256 of its bytes, size in bytes."""
+
+    file: str
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """The checkpoint a bundle was made from. `id` is the folder or hub id as the user gave it."""
+
+    id: str
+    revision: str | None
+    license: str | None
+    files: list[FileRecord]
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What decides a vector besides the weights. `prompts` maps a name to the exact text put before the input."""
+
+    architecture: str
+    dim: int
+    trained_dims: list[int]
+    max_tokens: int
+    pooling: Literal["last_token"]
+    eos_id: int
+    pad_id: int
+    vocab_size: int
+    prompts: dict[str, str]
+    default_prompt_name: str | None
+    normalize: Literal[True] = True
+
+
+@dataclass(frozen=True)
+class GraphRecord:
+    """One ONNX graph and its external data."""
+
+    precision: str
+    model: FileRecord
+    data: FileRecord
+    opset: int
+
+
+@dataclass(frozen=True)
+class ParityRecord:
+    """The verdict of a comparison with PyTorch, bound to the engine's fingerprint and the texts' hash."""
+
+    verdict: Verdict
+    fingerprint: str
+    texts_sha256: str
+    texts: int
+    min_cosine: float
+    mean_cosine: float
+    max_abs_diff: float
+    report_sha256: str
+    checked_at: str
+
+
+@dataclass(frozen=True)
+class EngineRecord:
+    """One engine: who runs which file at which precision, and whether it was proven."""
+
+    name: str
+    backend: str
+    precision: str
+    file: str
+    sha256: str
+    fingerprint: str
+    builder: dict[str, str] = field(default_factory=dict)
+    flags: list[str] = field(default_factory=list)
+    profiles: list[str] = field(default_factory=list)
+    target: str | None = None
+    calibration_sha256: str | None = None
+    parity: ParityRecord | None = None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of manifest.json."""
+
+    schema_version: int
+    fingerprint: str
+    created_at: str
+    source: Source
+    contract: Contract
+    tokenizer: FileRecord
+    graphs: list[GraphRecord]
+    engines: list[EngineRecord]
+    golden: FileRecord | None
+    versions: dict[str, str]
+    notices: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle: its folder and its validated manifest."""
+
+    folder: Path
+    manifest: Manifest
+
+    def path(self, file: str) -> Path:
+        """Return the absolute path of a file named in the manifest."""
+        return self.folder / file
+
+    def engine(self, name: str) -> EngineRecord:
+        """Return the record of the engine called `name`; raises NotFoundError naming those there are."""
+        for record in self.manifest.engines:
+            if record.name == name:
+                return record
+        names = ", ".join(record.name for record in self.manifest.engines) or "none"
+        raise NotFoundError(
+            f"the bundle {self.folder} has no engine {name!r}; it has: {names}.",
+            cure="Choose one of these or auto.",
+        )
+
+    def graph(self, precision: str) -> GraphRecord:
+        """Return the graph of a precision; raises NotFoundError naming those there are."""
+        for record in self.manifest.graphs:
+            if record.precision == precision:
+                return record
+        names = ", ".join(record.precision for record in self.manifest.graphs)
+        raise NotFoundError(
+            f"the bundle {self.folder} has no {precision} graph; it has: {names}.",
+            cure=f"Export it again with --precision {precision}.",
+        )
+
+
+def fingerprint(manifest_parts: list[str]) -> str:
+    """Return 32 hex digits over everything that decides a vector, given in a fixed order.
+
+    Parts are length-prefixed, so that no two lists give the same bytes.
+    """
+    digest = hashlib.sha256()
+    for part in manifest_parts:
+        data = part.encode()
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()[:32]
+
+
+def content_fingerprint(contract: Contract, tokenizer: FileRecord, source: Source) -> str:
+    """Return the fingerprint of what all engines of a bundle share: weights, tokenizer and contract."""
+    weights = [f"{f.file}:{f.sha256}" for f in source.files if f.file.endswith(".safetensors")]
+    return fingerprint(["content", tokenizer.sha256, msgspec.json.encode(contract).decode(), *sorted(weights)])
+
+
+def engine_fingerprint(content: str, graph: GraphRecord, backend: str, sha256: str) -> str:
+    """Return the fingerprint of one engine: the bundle's content, the graph with its data, the backend and file."""
+    return fingerprint(["engine", content, graph.precision, graph.model.sha256, graph.data.sha256, backend, sha256])
+
+
+def record_file(root: Path, file: str, *, sha256: str | None = None) -> FileRecord:
+    """Describe `root/file`; pass `sha256` where it was already computed while writing."""
+    path = root / file
+    return FileRecord(file, sha256 or sha256_file(path), path.stat().st_size)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write manifest.json atomically: it is the commit point of every change to a bundle. Raises OutputError."""
+    write_atomic(folder / MANIFEST, msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
+
+
+def open_bundle(folder: Path) -> Bundle:
+    """Open a bundle and check that its manifest is readable and its files are there with the recorded sizes.
+
+    Raises BundleError naming the file, what was found and what was expected.
+    """
+    path = folder / MANIFEST
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        what = "is not there" if not folder.exists() else f"has no {MANIFEST}: it is not a bundle"
+        raise BundleError(
+            f"the folder {folder} {what}.", cure=f"Make it with: f2rt export MODEL --out {folder}"
+        ) from error
+    except OSError as error:
+        raise BundleError(
+            f"cannot read {path}: {error.strerror}.", cure="Check the path and its permissions."
+        ) from error
+    manifest = _parse(path, data)
+    bundle = Bundle(folder, manifest)
+    for record in bundle_files(manifest):
+        _check_size(bundle, record)
+    return bundle
+
+
+def _parse(path: Path, data: bytes) -> Manifest:
+    remake = "Export the checkpoint again."
+    try:
+        version = msgspec.json.decode(data, type=_Version).schema_version
+        if version != SCHEMA_VERSION:
+            newer = version > SCHEMA_VERSION
+            raise BundleError(
+                f"{path} has schema version {version}; this f2rt reads version {SCHEMA_VERSION}.",
+                cure="Update f2rt." if newer else remake,
+            )
+        return msgspec.json.decode(data, type=Manifest)
+    except msgspec.DecodeError as error:
+        raise BundleError(f"{path} is damaged: {error}.", cure=remake) from error
+
+
+class _Version(msgspec.Struct):
+    schema_version: int
+
+
+def bundle_files(manifest: Manifest) -> list[FileRecord]:
+    """Return the records of all files that engines need."""
+    golden = [manifest.golden] if manifest.golden else []
+    return [manifest.tokenizer, *(f for g in manifest.graphs for f in (g.model, g.data)), *golden]
+
+
+def _check_size(bundle: Bundle, record: FileRecord) -> None:
+    path = bundle.path(record.file)
+    if not path.is_file():
+        raise BundleError(f"{path} is missing from the bundle.", cure="Export the checkpoint again.")
+    size_bytes = path.stat().st_size
+    if size_bytes != record.size_bytes:
+        raise BundleError(
+            f"{path} has {size_bytes} bytes; the manifest records {record.size_bytes}.",
+            cure="The file was cut or replaced. Export the checkpoint again.",
+        )
+
+
+def check_hash(bundle: Bundle, record: FileRecord) -> None:
+    """Read the whole file and compare its SHA-256 with the manifest. Raises BundleError."""
+    found = sha256_file(bundle.path(record.file))
+    if found != record.sha256:
+        raise BundleError(
+            f"{bundle.path(record.file)} has SHA-256 {found[:16]}…; the manifest records {record.sha256[:16]}….",
+            cure="The file was changed after the bundle was made. Export the checkpoint again.",
+        )
+
+
+def with_parity(manifest: Manifest, verdicts: dict[str, ParityRecord], golden: FileRecord | None) -> Manifest:
+    """Return the manifest with these golden vectors and verdicts; engines not named keep theirs."""
+    engines = [replace(e, parity=verdicts.get(e.name, e.parity)) for e in manifest.engines]
+    return replace(manifest, engines=engines, golden=golden)

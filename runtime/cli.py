@@ -1,0 +1,174 @@
+"""The verbs that need only the runtime: embed, serve, inspect. `export.cli` adds the others."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import runtime
+from runtime import console
+from runtime.errors import InputError, missing_extra
+
+app = typer.Typer(
+    name="f2rt",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Qwen3 embedding checkpoints to proven engines, served over gRPC.",
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"f2rt {runtime.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Qwen3 embedding checkpoints to proven engines, served over gRPC."""
+
+
+@app.command("embed")
+def embed_command(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[BUNDLE] TEXT...",
+            help="Bundle (without --server) and texts; no text: one per line of standard input.",
+        ),
+    ] = None,
+    server: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Ask a server instead of opening a bundle.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="Name of a prompt, for example query.")] = None,
+    instruction: Annotated[str | None, typer.Option(help="The prompt's text itself.")] = None,
+    dim: Annotated[int | None, typer.Option(help="Only the first N dimensions, normalized again.")] = None,
+    engine: Annotated[str, typer.Option(help="Engine of the bundle.")] = "auto",
+    output_format: Annotated[str, typer.Option("--format", help="json (a line per text) or npy (one array).")] = "json",
+) -> None:
+    """Embed texts, here or on a server, and print the vectors."""
+    with console.readable_errors():
+        if output_format not in ("json", "npy"):
+            raise InputError(f"there is no format {output_format!r}.", cure="Choose json or npy.")
+        arguments = list(words or [])
+        if server is None and not arguments:
+            raise InputError("no bundle was given.", cure="Call f2rt embed BUNDLE TEXT..., or name a --server.")
+        bundle = None if server else Path(arguments.pop(0))
+        texts = arguments or sys.stdin.read().splitlines()
+        if not texts:
+            raise InputError("there is no text to embed.", cure="Give texts as arguments or on standard input.")
+        if output_format == "npy" and sys.stdout.isatty():
+            raise InputError("npy is binary and standard output is a terminal.", cure="Redirect it: ... > vectors.npy")
+        if server is not None:
+            from runtime.client import EmbeddingClient
+
+            with EmbeddingClient(server) as client:
+                answer = client.embed(texts, prompt_name=prompt, prompt=instruction, dimensions=dim)
+                vectors, tokens, fingerprint = (
+                    answer.vectors,
+                    [i.tokens for i in answer.items],
+                    answer.fingerprint,
+                )
+        else:
+            from runtime.bundle import open_bundle
+            from runtime.embedder import open_embedder
+
+            assert bundle is not None
+            embedder = open_embedder(open_bundle(bundle), engine)
+            result = embedder.embed(texts, prompt_name=prompt, prompt=instruction, dimensions=dim)
+            vectors, tokens, fingerprint = (
+                result.vectors,
+                [len(i.ids) for i in result.items],
+                result.fingerprint,
+            )
+        if output_format == "npy":
+            import numpy as np
+
+            np.save(sys.stdout.buffer, vectors)
+            return
+        for text, row, count in zip(texts, vectors.tolist(), tokens, strict=True):
+            line = {"text": text, "tokens": count, "fingerprint": fingerprint, "embedding": row}
+            sys.stdout.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+@app.command("inspect")
+def inspect_command(
+    bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
+    full: Annotated[bool, typer.Option("--json", help="Print the whole manifest.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Read all files and compare their hashes.")] = False,
+) -> None:
+    """Show what a bundle holds: source, contract, graphs, engines and their verdicts."""
+    with console.readable_errors():
+        from rich.table import Table
+
+        from runtime.bundle import MANIFEST, bundle_files, check_hash, open_bundle
+        from runtime.loader import problem_with
+
+        opened = open_bundle(bundle)
+        if verify:
+            for record in bundle_files(opened.manifest):
+                check_hash(opened, record)
+        if full:
+            sys.stdout.write((bundle / MANIFEST).read_text(encoding="utf-8"))
+            return
+        manifest, screen = opened.manifest, console.out()
+        contract = manifest.contract
+        facts = Table(show_header=False, show_edge=False, pad_edge=False)
+        facts.add_column(style="bold")
+        facts.add_column()
+        facts.add_row(
+            "source",
+            manifest.source.id + (f" @ {manifest.source.revision}" if manifest.source.revision else ""),
+        )
+        facts.add_row("license", manifest.source.license or "not declared")
+        facts.add_row("fingerprint", manifest.fingerprint)
+        facts.add_row("made", f"{manifest.created_at} by f2rt {manifest.versions.get('f2rt', '?')}")
+        facts.add_row("dimensions", f"{contract.dim}; trained: {', '.join(map(str, contract.trained_dims))}")
+        facts.add_row("tokens", f"up to {contract.max_tokens}; EOS {contract.eos_id}, pad {contract.pad_id}")
+        for name, text in contract.prompts.items():
+            facts.add_row(f"prompt {name}", json.dumps(text, ensure_ascii=False))
+        for notice in manifest.notices:
+            facts.add_row("notice", notice)
+        screen.print(facts)
+        table = Table("engine", "fingerprint", "file", "verdict", "min cosine", show_edge=False, pad_edge=False)
+        for engine in manifest.engines:
+            cosine = f"{engine.parity.min_cosine:.7f}" if engine.parity else ""
+            table.add_row(engine.name, engine.fingerprint, engine.file, problem_with(engine) or "pass", cosine)
+        screen.print(table)
+        if verify:
+            screen.print("all files have the recorded hashes")
+
+
+@app.command("serve")
+def serve_command(
+    bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
+    engine: Annotated[
+        str, typer.Option(help="auto, or a name such as onnxruntime:fp32.", envvar="F2RT_ENGINE")
+    ] = "auto",
+    grpc: Annotated[
+        str, typer.Option(help="HOST:PORT; port 0 takes a free one.", envvar="F2RT_GRPC")
+    ] = "127.0.0.1:50051",
+    threads: Annotated[int, typer.Option(help="Engine threads; 0: one per core.", envvar="F2RT_THREADS")] = 0,
+) -> None:
+    """Serve one proven engine of a bundle over gRPC until SIGTERM or Ctrl-C."""
+    with console.readable_errors():
+        try:
+            import runtime.server as server
+        except ModuleNotFoundError as error:
+            raise missing_extra(str(error.name), "serve") from error
+        from runtime.settings import EngineSettings, ServeSettings
+
+        server.serve(bundle, engine, EngineSettings(threads=threads), ServeSettings(grpc_address=grpc))
+
+
+def main() -> None:
+    """Run the runtime's verbs alone."""
+    app()

@@ -1,0 +1,283 @@
+"""A typed Python client for f2rt.v1. Errors come back as the exceptions the server raised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import grpc
+import numpy as np
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from numpy.typing import NDArray
+
+from runtime._pb.f2rt.v1 import embedding_pb2 as pb
+from runtime._pb.f2rt.v1 import embedding_pb2_grpc as pb_grpc
+from runtime.encoding import OutputDType, decode
+from runtime.errors import (
+    DeadlineError,
+    EngineError,
+    F2rtError,
+    InputError,
+    NotFoundError,
+    OverloadedError,
+    UnavailableError,
+)
+from runtime.tokenizer import Truncate
+
+_DTYPES = {
+    OutputDType.FLOAT32: pb.DTYPE_FLOAT32,
+    OutputDType.FLOAT16: pb.DTYPE_FLOAT16,
+    OutputDType.INT8: pb.DTYPE_INT8,
+    OutputDType.BINARY: pb.DTYPE_BINARY,
+}
+_TRUNCATE = {
+    None: pb.TRUNCATE_UNSPECIFIED,
+    Truncate.ERROR: pb.TRUNCATE_ERROR,
+    Truncate.END: pb.TRUNCATE_END,
+    Truncate.START: pb.TRUNCATE_START,
+}
+_ERRORS: dict[grpc.StatusCode, type[F2rtError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: InputError,
+    grpc.StatusCode.NOT_FOUND: NotFoundError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: OverloadedError,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineError,
+    grpc.StatusCode.UNAVAILABLE: UnavailableError,
+}
+_MAX_MESSAGE_BYTES = 256 << 20  # the default of 4 MiB holds 409 vectors of 2560 dimensions
+
+
+@dataclass(frozen=True)
+class EmbeddedItem:
+    """What became of one text: tokens the engine saw, tokens there were, and whether some were dropped."""
+
+    tokens: int
+    original_tokens: int
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Where the server's time went, in milliseconds."""
+
+    tokenize_ms: float
+    queue_ms: float
+    infer_ms: float
+    total_ms: float
+
+
+@dataclass(frozen=True)
+class EmbedAnswer:
+    """Vectors float32 [items, dim] in the order of the request, and the fingerprint of the engine that made them."""
+
+    vectors: NDArray[np.float32]
+    items: list[EmbeddedItem]
+    timings: Timings
+    fingerprint: str
+    trained_dimension: bool
+    request_id: str
+
+
+@dataclass(frozen=True)
+class ExplainedItem:
+    """What the engine would see: rendered text, ids, their spelling, and the pooled token."""
+
+    rendered: str
+    ids: list[int]
+    tokens: list[str]
+    pooled_position: int
+    pooled_id: int
+    truncated: bool
+    original_tokens: int
+
+
+@dataclass(frozen=True)
+class ServerInfo:
+    """Which engine answers, from which checkpoint, within which limits."""
+
+    model: str
+    revision: str
+    engine: str
+    precision: str
+    fingerprint: str
+    dim: int
+    trained_dims: list[int]
+    max_tokens: int
+    prompts: dict[str, str]
+    default_prompt_name: str
+    max_items: int
+    max_request_tokens: int
+    license: str
+    verdict: str
+    min_cosine: float
+    version: str
+    selection: str
+
+
+class EmbeddingClient:
+    """A connection to one server. Thread-safe; close it, or use it as a context manager."""
+
+    def __init__(self, target: str, *, timeout_s: float = 60.0) -> None:
+        """Open a channel to HOST:PORT or unix:PATH; nothing is sent yet. `timeout_s` bounds each call."""
+        self._target = target
+        self._timeout_s = timeout_s
+        options = [
+            ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+            ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+        ]
+        self._channel = grpc.insecure_channel(target, options=options)
+        self._stub = pb_grpc.EmbeddingServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._health = health_pb2_grpc.HealthStub(self._channel)
+
+    def __enter__(self) -> EmbeddingClient:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the channel."""
+        self._channel.close()
+
+    def embed(
+        self,
+        texts: Sequence[str] | None = None,
+        *,
+        token_ids: Sequence[Sequence[int]] | None = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        dimensions: int | None = None,
+        normalize: bool | None = None,
+        truncate: Truncate | None = None,
+        dtype: OutputDType = OutputDType.FLOAT32,
+        request_id: str = "",
+        timeout_s: float | None = None,
+    ) -> EmbedAnswer:
+        """Embed texts, or token ids used verbatim. What is None is left to the server.
+
+        Raises InputError, NotFoundError, OverloadedError, DeadlineError, UnavailableError or EngineError.
+        """
+        request = pb.EmbedRequest(
+            input=_input(texts, token_ids, prompt_name, prompt, truncate),
+            dimensions=_checked_dimensions(dimensions),
+            normalize=normalize,
+            dtype=_DTYPES[dtype],
+            request_id=request_id,
+        )
+        response: pb.EmbedResponse = self._call(self._stub.Embed, request, timeout_s)
+        scales = np.array([i.scale for i in response.items], np.float32)
+        t = response.timings
+        return EmbedAnswer(
+            vectors=decode(response.embeddings, response.rows, response.dim, dtype, scales),
+            items=[EmbeddedItem(i.tokens, i.original_tokens, i.truncated) for i in response.items],
+            timings=Timings(t.tokenize_ms, t.queue_ms, t.infer_ms, t.total_ms),
+            fingerprint=response.fingerprint,
+            trained_dimension=response.trained_dimension,
+            request_id=response.request_id,
+        )
+
+    def explain(
+        self,
+        texts: Sequence[str] | None = None,
+        *,
+        token_ids: Sequence[Sequence[int]] | None = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        truncate: Truncate | None = None,
+    ) -> list[ExplainedItem]:
+        """Return what the engine would see for each text. Raises as `embed` does."""
+        request = pb.ExplainRequest(input=_input(texts, token_ids, prompt_name, prompt, truncate))
+        response: pb.ExplainResponse = self._call(self._stub.Explain, request, None)
+        return [
+            ExplainedItem(
+                rendered=i.rendered,
+                ids=list(i.ids),
+                tokens=list(i.tokens),
+                pooled_position=i.pooled_position,
+                pooled_id=i.pooled_id,
+                truncated=i.truncated,
+                original_tokens=i.original_tokens,
+            )
+            for i in response.items
+        ]
+
+    def info(self) -> ServerInfo:
+        """Return what the server says of itself. Raises UnavailableError or DeadlineError."""
+        r: pb.InfoResponse = self._call(self._stub.Info, pb.InfoRequest(), None)
+        return ServerInfo(
+            model=r.model,
+            revision=r.revision,
+            engine=r.engine,
+            precision=r.precision,
+            fingerprint=r.fingerprint,
+            dim=r.dim,
+            trained_dims=list(r.trained_dims),
+            max_tokens=r.max_tokens,
+            prompts=dict(r.prompts),
+            default_prompt_name=r.default_prompt_name,
+            max_items=r.max_items,
+            max_request_tokens=r.max_request_tokens,
+            license=r.license,
+            verdict=r.verdict,
+            min_cosine=r.min_cosine,
+            version=r.version,
+            selection=r.selection,
+        )
+
+    def ready(self) -> bool:
+        """Return whether the server reports SERVING. Raises UnavailableError when it cannot be reached."""
+        answer = self._call(self._health.Check, health_pb2.HealthCheckRequest(), None)
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+    def wait_ready(self, timeout_s: float = 30.0) -> None:
+        """Wait until the server reports SERVING. Raises UnavailableError after `timeout_s` seconds."""
+        try:
+            request = health_pb2.HealthCheckRequest()
+            answer = self._health.Check(request, timeout=timeout_s, wait_for_ready=True)
+        except grpc.RpcError as error:
+            raise self._translate(error) from error
+        if answer.status != health_pb2.HealthCheckResponse.SERVING:
+            raise UnavailableError(f"the server at {self._target} is not ready.", cure="Wait, or look at its log.")
+
+    def _call(self, method: Callable[..., Any], request: Any, timeout_s: float | None) -> Any:
+        try:
+            return method(request, timeout=self._timeout_s if timeout_s is None else timeout_s)
+        except grpc.RpcError as error:
+            raise self._translate(error) from error
+
+    def _translate(self, error: Any) -> F2rtError:
+        code, details = error.code(), error.details() or ""
+        if code is grpc.StatusCode.UNAVAILABLE and "shutting down" not in details:
+            return UnavailableError(
+                f"no f2rt server answers at {self._target}: {details}.", cure="Start one: f2rt serve BUNDLE"
+            )
+        return _ERRORS.get(code, EngineError)(details or f"the server answered {code.name}.")
+
+
+def _checked_dimensions(dimensions: int | None) -> int:
+    if dimensions is not None and not 1 <= dimensions < 1 << 31:
+        raise InputError(f"dimensions is {dimensions}; it must be at least 1.", cure="Leave it out for all of them.")
+    return dimensions or 0
+
+
+def _input(
+    texts: Sequence[str] | None,
+    token_ids: Sequence[Sequence[int]] | None,
+    prompt_name: str | None,
+    prompt: str | None,
+    truncate: Truncate | None,
+) -> pb.EmbedInput:
+    if isinstance(texts, str):
+        raise InputError("texts is one string, not a list of strings.", cure="Give [text].")
+    if prompt is not None and prompt_name is not None:
+        raise InputError("prompt and prompt_name were both given.", cure="Give one of them.")
+    return pb.EmbedInput(
+        texts=texts or (),
+        token_ids=[pb.TokenIds(ids=ids) for ids in token_ids or ()],
+        prompt_name=prompt_name,
+        prompt=prompt,
+        truncate=_TRUNCATE[truncate],
+    )

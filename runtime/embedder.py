@@ -1,0 +1,156 @@
+"""Texts to vectors: tokenization, planning, the engine, and what is done to its vectors afterwards.
+
+Knows no wire protocol. Vectors are float32 [items, dim] in the order of the request.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.batch import make_batch
+from runtime.bundle import Bundle
+from runtime.errors import EngineError, InputError
+from runtime.loader import LoadedEngine, load_engine
+from runtime.scheduler import plan
+from runtime.settings import EngineSettings, Limits
+from runtime.tokenizer import Instruction, TokenizedText, Truncate
+
+__all__ = ["EmbedResult", "Embedder", "open_embedder"]
+
+
+@dataclass(frozen=True)
+class EmbedResult:
+    """Vectors float32 [items, dim] and where they come from. Times in milliseconds."""
+
+    vectors: NDArray[np.float32]
+    items: list[TokenizedText]
+    fingerprint: str
+    tokenize_ms: float
+    infer_ms: float
+
+
+class Embedder:
+    """One proven engine with its tokenizer. `embed` may be called from any thread; batches run one by one."""
+
+    def __init__(self, bundle: Bundle, loaded: LoadedEngine, limits: Limits = Limits()) -> None:
+        self.bundle = bundle
+        self.loaded = loaded
+        self.limits = limits
+        self.contract = bundle.manifest.contract
+        self._lock = threading.Lock()
+
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint of the engine that makes the vectors."""
+        return self.loaded.engine.fingerprint
+
+    def embed(
+        self,
+        texts: Sequence[str],
+        *,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        dimensions: int | None = None,
+        normalize: bool = True,
+        truncate: Truncate = Truncate.END,
+    ) -> EmbedResult:
+        """Embed `texts`. Raises InputError, NotFoundError or EngineError."""
+        self.check_dimensions(dimensions)
+        start = time.perf_counter()
+        items = self.tokenize(texts, Instruction(prompt_name, prompt), truncate)
+        tokenized = time.perf_counter()
+        vectors = finish(self.infer(items), dimensions, normalize)
+        done = time.perf_counter()
+        return EmbedResult(vectors, items, self.fingerprint, 1e3 * (tokenized - start), 1e3 * (done - tokenized))
+
+    def tokenize(self, texts: Sequence[str], instruction: Instruction, truncate: Truncate) -> list[TokenizedText]:
+        """Tokenize after checking the limits on items and characters. Raises InputError, NotFoundError."""
+        self._check_count(len(texts))
+        for index, text in enumerate(texts):
+            if len(text) > self.limits.max_text_chars:
+                raise InputError(
+                    f"text {index} has {len(text)} characters; the limit is {self.limits.max_text_chars}.",
+                    cure="Split it, or raise max_text_chars on the server.",
+                )
+        return self._check_tokens(self.loaded.tokenizer.encode(texts, instruction, truncate))
+
+    def verbatim(self, sequences: Sequence[Sequence[int]]) -> list[TokenizedText]:
+        """Accept token ids as they are. Raises InputError."""
+        self._check_count(len(sequences))
+        return self._check_tokens(self.loaded.tokenizer.verbatim(sequences))
+
+    def infer(self, items: Sequence[TokenizedText]) -> NDArray[np.float32]:
+        """Run the engine; float32 [items, dim], unit length, in the order of `items`. Raises EngineError."""
+        vectors = np.empty((len(items), self.contract.dim), np.float32)
+        for rows in plan([len(item.ids) for item in items], self.limits):
+            batch = make_batch([items[row].ids for row in rows], self.contract.pad_id)
+            with self._lock:
+                vectors[rows] = self.loaded.engine.run(batch)
+        if not np.isfinite(vectors).all():
+            row = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
+            raise EngineError(
+                f"{self.loaded.engine.name} gave a vector that is not finite for item {row} "
+                f"({len(items[row].ids)} tokens).",
+                cure="Run f2rt parity on the bundle with this text.",
+            )
+        return vectors
+
+    def check_dimensions(self, dimensions: int | None) -> None:
+        """Raise InputError unless `dimensions` is None or within 1 and the full dimension."""
+        if dimensions is not None and not 1 <= dimensions <= self.contract.dim:
+            raise InputError(
+                f"dimensions is {dimensions}; this model gives 1 to {self.contract.dim}.",
+                cure=f"Choose one it was trained for: {', '.join(map(str, self.contract.trained_dims))}.",
+            )
+
+    def close(self) -> None:
+        """Free the engine."""
+        self.loaded.engine.close()
+
+    def _check_count(self, count: int) -> None:
+        if not 1 <= count <= self.limits.max_items:
+            raise InputError(
+                f"the request has {count} items; it may have 1 to {self.limits.max_items}.",
+                cure="Send at least one text." if count < 1 else "Split the request.",
+            )
+
+    def _check_tokens(self, items: list[TokenizedText]) -> list[TokenizedText]:
+        total = sum(len(item.ids) for item in items)
+        if total > self.limits.max_request_tokens:
+            raise InputError(
+                f"the request has {total} tokens; the limit is {self.limits.max_request_tokens}.",
+                cure="Split the request.",
+            )
+        return items
+
+
+def finish(vectors: NDArray[np.float32], dimensions: int | None, normalize: bool) -> NDArray[np.float32]:
+    """Cut to the first `dimensions` values, then scale each row to unit length (Matryoshka: cut, *then* normalize).
+
+    The full vector is left as the engine gave it: its length is 1 already.
+    """
+    if dimensions is None or dimensions == vectors.shape[1]:
+        return vectors
+    cut = vectors[:, :dimensions]
+    if not normalize:
+        return np.ascontiguousarray(cut)
+    norms = np.linalg.norm(cut, axis=1, keepdims=True)
+    # A cut of all zeros has no direction: it stays zero.
+    unit: NDArray[np.float32] = (cut / np.maximum(norms, np.finfo(np.float32).tiny)).astype(np.float32)
+    return unit
+
+
+def open_embedder(
+    bundle: Bundle,
+    engine: str = "auto",
+    settings: EngineSettings = EngineSettings(),
+    limits: Limits = Limits(),
+) -> Embedder:
+    """Open, prove and wrap an engine of a bundle. Raises what `load_engine` raises."""
+    return Embedder(bundle, load_engine(bundle, engine, settings), limits)

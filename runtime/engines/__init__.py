@@ -1,0 +1,30 @@
+"""Engines: a batch of token ids in, unit vectors out.
+
+One file per inference library; nothing else in the runtime imports one. An engine knows no text and no prompt, and it
+does not decide whether it may answer: `runtime.golden` does.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.batch import Batch
+
+
+class Engine(Protocol):
+    """What an embedder needs of an engine. `run` may be called from one thread at a time."""
+
+    name: str
+    precision: str
+    fingerprint: str
+
+    def run(self, batch: Batch) -> NDArray[np.float32]:
+        """Return the unit vectors of a batch, float32 [rows, dim]. Raises EngineError."""
+        ...
+
+    def close(self) -> None:
+        """Free the engine's memory; it answers no more."""
+        ...

@@ -1,0 +1,113 @@
+"""Every error f2rt raises on purpose, and the one table that gives each its status.
+
+    F2rtError
+    ├── InputError             a request, file or argument the caller has to change
+    │   └── CheckpointError    a checkpoint that breaks the contract; names the file and the field
+    ├── NotFoundError          an engine, model or prompt that does not exist
+    ├── OverloadedError        full: come back later
+    ├── DeadlineError          could not be answered in time
+    ├── UnavailableError       not ready, draining, or the server cannot be reached
+    ├── MissingExtraError      an optional dependency is not installed; says which extra has it
+    ├── OutputError            the result could not be written: disk full, folder not writable
+    ├── BundleError            a bundle that is damaged, incomplete or from another version
+    │   └── UnverifiedError    an engine that was not shown to give PyTorch's vectors
+    └── EngineError            the engine failed, or gave what it must not give
+
+A message says what is wrong, where, the value and the limit; `cure` says what to do. Foreign errors are translated
+once, where they appear, and chained.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class F2rtError(Exception):
+    """Base of all errors above. `message` is for people; `cure` is one sentence in the imperative."""
+
+    def __init__(self, message: str, *, cure: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.cure = cure
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.cure}".rstrip()
+
+
+class InputError(F2rtError):
+    """The caller's request, file or argument has to change."""
+
+
+class CheckpointError(InputError):
+    """The checkpoint breaks the contract."""
+
+
+class NotFoundError(F2rtError):
+    """No such engine, model or prompt."""
+
+
+class OverloadedError(F2rtError):
+    """The server is full."""
+
+
+class DeadlineError(F2rtError):
+    """The answer would come too late."""
+
+
+class UnavailableError(F2rtError):
+    """Not ready, draining, or not reachable."""
+
+
+class MissingExtraError(F2rtError):
+    """An optional dependency is not installed."""
+
+
+class OutputError(F2rtError):
+    """The result could not be written."""
+
+
+class BundleError(F2rtError):
+    """The bundle is damaged, incomplete or from another version."""
+
+
+class UnverifiedError(BundleError):
+    """The engine was not shown to give PyTorch's vectors."""
+
+
+class EngineError(F2rtError):
+    """The engine failed."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """What an error becomes outside: a gRPC status name, an HTTP status, and the command's exit code."""
+
+    grpc: str
+    http: int
+    exit_code: int = 2
+
+
+STATUS: dict[type[F2rtError], Status] = {
+    InputError: Status("INVALID_ARGUMENT", 400),
+    NotFoundError: Status("NOT_FOUND", 404),
+    OverloadedError: Status("RESOURCE_EXHAUSTED", 429),
+    DeadlineError: Status("DEADLINE_EXCEEDED", 504),
+    UnavailableError: Status("UNAVAILABLE", 503),
+    MissingExtraError: Status("FAILED_PRECONDITION", 500),
+    OutputError: Status("INTERNAL", 500),
+    BundleError: Status("FAILED_PRECONDITION", 500),
+    EngineError: Status("INTERNAL", 500),
+    F2rtError: Status("INTERNAL", 500),
+}
+
+
+def status_of(error: F2rtError) -> Status:
+    """Return the status of the error's nearest class in `STATUS`."""
+    return next(STATUS[cls] for cls in type(error).__mro__ if cls in STATUS)
+
+
+def missing_extra(module: str, extra: str) -> MissingExtraError:
+    """Return the error for an import of `module` that failed, naming the extra that installs it."""
+    return MissingExtraError(
+        f"the module {module!r} is not installed.", cure=f"Install it with: pip install 'f2rt[{extra}]'"
+    )

@@ -1,0 +1,173 @@
+"""Files that are whole or absent: hashing, atomic writes, and folders swapped into place.
+
+A folder is built beside its target under a hidden name and exchanged with it in one system call, so a reader, or a
+process killed at any instant, meets the old folder or the new one and never a mixture.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from runtime.errors import OutputError
+
+_CHUNK_BYTES = 4 << 20
+_RENAME_EXCHANGE = 2
+_AT_FDCWD = -100
+
+
+def sha256_file(path: Path) -> str:
+    """Return the hex SHA-256 of a file's bytes. Raises OSError when it cannot be read."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_text(text: str) -> str:
+    """Return the hex SHA-256 of a text's UTF-8 bytes."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def explain_write_errors(target: Path) -> Iterator[None]:
+    """Turn an OSError raised while writing `target` into an OutputError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free_bytes = _free_bytes(target)
+            left = "" if free_bytes is None else f" ({free_bytes / 1e9:.2f} GB left)"
+            raise OutputError(
+                f"no room to write {target}: the disk is full{left}. Nothing was changed.",
+                cure="Free some space or choose another folder.",
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise OutputError(
+                f"cannot write {target}: {error.strerror}. Nothing was changed.",
+                cure="Choose a folder you may write to, or change its permissions.",
+            ) from error
+        raise OutputError(
+            f"cannot write {target}: {error}. Nothing was changed.", cure="Check the path and the disk."
+        ) from error
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write `data` to `path` so that the path holds the old bytes or all the new ones. Raises OutputError."""
+    with explain_write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(name).chmod(0o644)
+            Path(name).replace(path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def staged_folder(target: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `target`; when the block ends well it takes the target's place in one step.
+
+    When the block raises, or the process dies, `target` is untouched. Leftovers of dead processes are removed by the
+    next call for the same target. Raises OutputError when the place cannot be written.
+    """
+    target = target.absolute()
+    with explain_write_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(target)
+        staging, lock = _locked_folder(target)
+    try:
+        with explain_write_errors(target):
+            yield staging
+            _sync_folders(staging)
+            _put_in_place(staging, target)
+            _sync_folder(target.parent)
+    finally:
+        # After an exchange this name holds the old folder; after a failure, the unfinished new one.
+        shutil.rmtree(staging, ignore_errors=True)
+        os.close(lock)
+
+
+def _locked_folder(target: Path) -> tuple[Path, int]:
+    """Create a staging folder and lock it: the lock lives exactly as long as its owner."""
+    while True:
+        staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.staging-"))
+        staging.chmod(0o755)
+        with contextlib.suppress(OSError):
+            lock = os.open(staging, os.O_RDONLY)
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if staging.exists():  # not taken for a leftover before it was locked
+                    return staging, lock
+            os.close(lock)
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove staging folders whose owner is gone."""
+    for staging in target.parent.glob(f".{target.name}.staging-*"):
+        try:
+            lock = os.open(staging, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(staging, ignore_errors=True)
+        except BlockingIOError:
+            continue  # its owner is alive
+        finally:
+            os.close(lock)
+
+
+def _put_in_place(staging: Path, target: Path) -> None:
+    if not target.exists():
+        staging.rename(target)
+        return
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None, use_errno=True)
+        arguments = (_AT_FDCWD, os.fsencode(staging), _AT_FDCWD, os.fsencode(target), _RENAME_EXCHANGE)
+        if libc.renameat2(*arguments) == 0:
+            return
+        code = ctypes.get_errno()
+        if code not in (errno.EINVAL, errno.ENOSYS):
+            raise OSError(code, os.strerror(code), str(target))
+    # A file system without an exchange: two renames, with the old folder kept until the new one stands.
+    aside = staging.parent / f"{staging.name}.old"
+    target.rename(aside)
+    try:
+        staging.rename(target)
+    except OSError:
+        aside.rename(target)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync_folders(path: Path) -> None:
+    for folder in [path, *(entry for entry in path.rglob("*") if entry.is_dir())]:
+        _sync_folder(folder)
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _free_bytes(path: Path) -> int | None:
+    for folder in [path, *path.parents]:
+        if folder.is_dir():
+            return shutil.disk_usage(folder).free
+    return None

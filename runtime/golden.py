@@ -1,0 +1,121 @@
+"""The golden check: an engine answers only after it has reproduced PyTorch's vectors, here and now.
+
+golden.npz holds, without pickles: the texts, prompts included, as UTF-8 (`text_bytes` uint8, `text_offsets` int64
+[texts + 1]), `token_ids` int32 [texts, longest] right-padded with -1, `lengths` int64 [texts], and `embeddings` float32
+[texts, dim] from PyTorch.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.batch import make_batch
+from runtime.bundle import GOLDEN, Bundle, check_hash
+from runtime.engines import Engine
+from runtime.errors import BundleError, UnverifiedError
+from runtime.tokenizer import Instruction, TextTokenizer
+from runtime.tolerances import tolerance
+
+
+@dataclass(frozen=True)
+class Golden:
+    """The golden texts with their prompts, their ids and PyTorch's float32 unit vectors [texts, dim]."""
+
+    texts: list[str]
+    ids: list[list[int]]
+    embeddings: NDArray[np.float32]
+
+
+def pack(golden: Golden) -> bytes:
+    """Return the bytes of golden.npz."""
+    lengths = np.array([len(i) for i in golden.ids], np.int64)
+    token_ids = np.full((len(golden.ids), int(lengths.max())), -1, np.int32)
+    for row, ids in enumerate(golden.ids):
+        token_ids[row, : len(ids)] = ids
+    # numpy strips trailing NULs from unicode arrays, so the texts travel as UTF-8 with offsets.
+    blobs = [t.encode() for t in golden.texts]
+    buffer = io.BytesIO()
+    np.savez(
+        buffer,
+        text_bytes=np.frombuffer(b"".join(blobs), np.uint8),
+        text_offsets=np.cumsum([0, *map(len, blobs)]),
+        token_ids=token_ids,
+        lengths=lengths,
+        embeddings=golden.embeddings.astype(np.float32),
+    )
+    return buffer.getvalue()
+
+
+def load(bundle: Bundle) -> Golden:
+    """Read golden.npz. Raises UnverifiedError when the bundle has none, BundleError when it is damaged."""
+    record = bundle.manifest.golden
+    if record is None:
+        raise UnverifiedError(
+            f"the bundle {bundle.folder} holds no {GOLDEN}: its engines were never compared with PyTorch.",
+            cure=f"Run: f2rt parity {bundle.folder}",
+        )
+    check_hash(bundle, record)
+    try:
+        with np.load(bundle.path(record.file), allow_pickle=False) as arrays:
+            blob, offsets = arrays["text_bytes"].tobytes(), arrays["text_offsets"]
+            ids = [row[:n].tolist() for row, n in zip(arrays["token_ids"], arrays["lengths"], strict=True)]
+            texts = [blob[a:b].decode() for a, b in itertools.pairwise(offsets)]
+            return Golden(texts, ids, arrays["embeddings"])
+    except (KeyError, ValueError, OSError) as error:
+        raise BundleError(
+            f"{bundle.path(record.file)} cannot be read: {error}.", cure=f"Run: f2rt parity {bundle.folder}"
+        ) from error
+
+
+def check_tokenizer(tokenizer: TextTokenizer, golden: Golden) -> None:
+    """Compare the tokenizer's ids with PyTorch's. Raises UnverifiedError naming the first text that differs."""
+    for text, expected in zip(golden.texts, golden.ids, strict=True):
+        found = tokenizer.encode([text], Instruction(prompt=""))[0].ids
+        if found != expected:
+            at = next(
+                (i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b),
+                min(len(found), len(expected)),
+            )
+            raise UnverifiedError(
+                f"the tokenizer gives {len(found)} ids for the golden text {text[:40]!r}, PyTorch's gives "
+                f"{len(expected)}; they differ from position {at}.",
+                cure="Export the checkpoint again.",
+            )
+
+
+def check_engine(engine: Engine, golden: Golden, pad_id: int) -> float:
+    """Run the golden texts through the engine in one padded batch and compare each row with PyTorch.
+
+    Returns the smallest cosine. Raises UnverifiedError naming the worst text, its cosine and the limit.
+    """
+    vectors = engine.run(make_batch(golden.ids, pad_id))
+    limit = tolerance(engine.precision).min_cosine
+    if vectors.shape != golden.embeddings.shape:
+        raise UnverifiedError(
+            f"{engine.name} gives vectors of shape {vectors.shape} for the golden texts, PyTorch gave "
+            f"{golden.embeddings.shape}.",
+            cure="The engine does not belong to this bundle. Export the checkpoint again.",
+        )
+    cosines = row_cosines(vectors, golden.embeddings)
+    worst = int(np.argmin(cosines))
+    if not cosines[worst] >= limit:
+        raise UnverifiedError(
+            f"{engine.name} does not reproduce PyTorch: cosine {cosines[worst]:.6f} on the golden text "
+            f"{golden.texts[worst][:40]!r}, the limit for {engine.precision} is {limit}.",
+            cure="It must not answer. Run f2rt parity on the bundle to see why.",
+        )
+    return float(cosines[worst])
+
+
+def row_cosines(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return the cosine of each pair of rows, float64 [rows]; a row that is not finite or zero counts as -1."""
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        cosines = (x * y).sum(axis=1) / (np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1))
+    result: NDArray[np.float64] = np.where(np.isfinite(cosines), cosines, -1.0)
+    return result

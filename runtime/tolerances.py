@@ -1,0 +1,36 @@
+"""The one home of every number that decides whether vectors count as equal.
+
+Parity, the golden check at load and the tests read these and nothing else. Cosines are taken per row, in float64,
+against the PyTorch float32 reference.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What an engine of one precision must reach.
+
+    `min_cosine` bounds the worst row, `mean_cosine` the mean over rows, `max_abs_diff` any single value of the unit
+    vector, and `norm_error` how far a row's length may be from 1.
+    """
+
+    min_cosine: float
+    mean_cosine: float
+    max_abs_diff: float
+    norm_error: float
+
+
+TOLERANCES: dict[str, Tolerance] = {
+    "fp32": Tolerance(min_cosine=0.99999, mean_cosine=0.999999, max_abs_diff=1e-3, norm_error=1e-5),
+}
+
+# The weights in a graph are the checkpoint's, widened: not one bit may differ.
+WEIGHT_MAX_ABS_DIFF = 0.0
+
+
+def tolerance(precision: str) -> Tolerance:
+    """Return the tolerance of a precision; raises KeyError for one that has none."""
+    return TOLERANCES[precision]

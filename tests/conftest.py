@@ -1,0 +1,54 @@
+"""Fixtures every area shares: the bundled checkpoint, and one bundle made and proven from it for the whole run."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from calibration.texts import verification_texts
+from export.checkpoint import Checkpoint
+from export.hub import locate
+from export.pipeline import export_bundle
+from export.precision import Precision
+from export.prove import prove_bundle
+from export.reference import Reference
+from runtime.bundle import Bundle, open_bundle
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def mini() -> Path:
+    return ROOT / "checkpoints" / "mini"
+
+
+@pytest.fixture
+def mini_copy(mini: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(mini, tmp_path / "checkpoint"))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(mini: Path) -> Checkpoint:
+    return Checkpoint.open(locate(str(mini)))
+
+
+@pytest.fixture(scope="session")
+def reference(mini: Path) -> Reference:
+    return Reference(mini)
+
+
+@pytest.fixture(scope="session")
+def bundle(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A bundle proven on a third of the short verification texts. Read only."""
+    folder = tmp_path_factory.mktemp("bundles") / "mini"
+    export_bundle(checkpoint, folder, [Precision.FP32])
+    texts = [t for t in verification_texts() if len(t.text) < 400][::3]
+    assert prove_bundle(folder, texts).verdict == "pass"
+    return open_bundle(folder)
+
+
+@pytest.fixture
+def bundle_copy(bundle: Bundle, tmp_path: Path) -> Bundle:
+    return open_bundle(Path(shutil.copytree(bundle.folder, tmp_path / "bundle")))
