@@ -28,14 +28,14 @@ def locate(model: str, revision: str | None = None) -> Location:
     Raises CheckpointError when it is neither, or the hub cannot be reached; MissingExtraError without huggingface_hub.
     """
     folder = Path(model).expanduser()
-    if folder.is_dir():
+    if model.strip() and folder.is_dir():  # Path("") is the current folder
         if revision is not None:
             raise CheckpointError(
                 f"a revision ({revision}) was given for the local folder {model}.",
                 cure="Leave --revision out, or give a hub id.",
             )
-        return Location(model.rstrip("/"), folder, None)
-    if folder.exists():
+        return Location(model.rstrip("/") or model, folder, None)
+    if model.strip() and folder.exists():
         raise CheckpointError(f"{model} is a file.", cure="Give the folder that holds config.json.")
     if not _HUB_ID.fullmatch(model):
         raise CheckpointError(

@@ -35,7 +35,7 @@ from runtime.batch import make_batch
 from runtime.bundle import Bundle, Contract, EngineRecord, Verdict
 from runtime.embedder import finish
 from runtime.engines import Engine
-from runtime.errors import EngineError, InputError, MissingExtraError
+from runtime.errors import BundleError, EngineError, InputError, MissingExtraError
 from runtime.golden import Golden, row_cosines
 from runtime.loader import open_raw_engine
 from runtime.settings import EngineSettings
@@ -125,7 +125,10 @@ def make_samples(
 def compare_tokenizers(bundle: Bundle, samples: Sequence[Sample]) -> list[TokenMismatch]:
     """Compare the runtime's ids with transformers' for every text; names what differs."""
     contract = bundle.manifest.contract
-    tokenizer = TextTokenizer(bundle.path(bundle.manifest.tokenizer.file), contract)
+    try:
+        tokenizer = TextTokenizer(bundle.path(bundle.manifest.tokenizer.file), contract)
+    except BundleError as error:
+        return [TokenMismatch("every text", 0, 0, 0, error.message)]
     encoded = tokenizer.encode([s.rendered for s in samples], Instruction(prompt=""))
     mismatches = []
     for sample, item in zip(samples, encoded, strict=True):

@@ -13,7 +13,7 @@ from pathlib import Path
 from calibration.texts import Text
 from export.config import CONFIG
 from export.conventions import TOKENIZER
-from export.hub import locate
+from export.hub import Location, locate
 from export.parity import Progress, check_bundle
 from export.reference import Reference
 from export.report import EngineReport, ParityReport, to_json
@@ -47,7 +47,7 @@ def prove_bundle(
     CheckpointError, NotFoundError, InputError or OutputError; whenever it raises, nothing was recorded.
     """
     bundle = open_bundle(folder)
-    reference = Reference(source_folder(bundle, model))
+    reference = Reference(source_location(bundle, model))
     report, vectors = check_bundle(bundle, reference, texts, engine_names=engine_names, progress=progress)
     record(bundle, report, vectors)
     if report_dir is not None:
@@ -55,11 +55,11 @@ def prove_bundle(
     return report
 
 
-def source_folder(bundle: Bundle, model: str | None) -> Path:
+def source_location(bundle: Bundle, model: str | None) -> Location:
     """Find the checkpoint a bundle was made from and check that its files are the same, byte for byte."""
     source = bundle.manifest.source
     try:
-        folder = locate(model or source.id, None if model else source.revision).folder
+        location = locate(model or source.id, None if model else source.revision)
     except CheckpointError as error:
         raise CheckpointError(
             f"the checkpoint of this bundle ({source.id}) is not at hand: {error.message}",
@@ -69,13 +69,13 @@ def source_folder(bundle: Bundle, model: str | None) -> Path:
         # What decides a vector; a changed model card does not matter.
         if not (file.file.endswith(".safetensors") or file.file in (CONFIG, TOKENIZER)):
             continue
-        path = folder / file.file
+        path = location.folder / file.file
         if not path.is_file() or sha256_file(path) != file.sha256:
             raise BundleError(
                 f"{path} is not the file this bundle was made from.",
                 cure="Export the checkpoint again, or name the right folder with --model.",
             )
-    return folder
+    return location
 
 
 def record(bundle: Bundle, report: ParityReport, vectors: golden.Golden) -> None:

@@ -11,18 +11,18 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from export.hub import Location
 from runtime.errors import CheckpointError, missing_extra
 
 
 class Reference:
     """A checkpoint as its authors' library runs it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, location: Location) -> None:
         """Load tokenizer and model in float32 (four bytes a parameter in memory).
 
         Raises MissingExtraError without torch or transformers, CheckpointError when transformers cannot load the
@@ -33,6 +33,8 @@ class Reference:
             import transformers
         except ImportError as error:
             raise missing_extra(str(error.name), "export") from error
+        folder = location.folder
+        self.location = location
         self._torch = torch
         self.versions = {"torch": str(torch.__version__), "transformers": str(transformers.__version__)}
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import msgspec
+from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text as Line
@@ -140,14 +141,27 @@ def _engine(report: EngineReport) -> RenderableType:
     title = Line.assemble((report.engine, "bold"), f"  {report.fingerprint}  ", _stamp(report.verdict))
     if report.reason:
         return Group(title, Line(report.reason))
-    table = Table(show_edge=False, pad_edge=False, header_style="bold")
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
     table.add_column("check")
-    for column in ("rows", "min cosine", "p01", "mean", "max |diff|", "norm error", "non-finite", ""):
+    for column in (
+        "rows",
+        "min cosine",
+        "1 - min",
+        "1 - p01",
+        "1 - mean",
+        "max |diff|",
+        "norm error",
+        "non-finite",
+        "",
+    ):
         table.add_column(column, justify="right")
     for check in report.checks:
-        numbers = (f"{check.cosine_min:.7f}", f"{check.cosine_p01:.7f}", f"{check.cosine_mean:.7f}")
+        # Near 1 a cosine's digits say nothing; its distance from 1 does.
+        distances = (f"{1 - c:.1e}" for c in (check.cosine_min, check.cosine_p01, check.cosine_mean))
         errors = (f"{check.max_abs_diff:.1e}", f"{check.norm_error_max:.1e}", str(check.non_finite))
-        table.add_row(check.name, str(check.rows), *numbers, *errors, _stamp(check.verdict))
+        table.add_row(
+            check.name, str(check.rows), f"{check.cosine_min:.7f}", *distances, *errors, _stamp(check.verdict)
+        )
     problems = [Line(f"{check.name}: {p}", style="red") for check in report.checks for p in check.problems]
     causes = [Line(f"likely cause: {text}", style="bold red") for text in report.diagnosis]
     limits = report.tolerance
@@ -157,13 +171,14 @@ def _engine(report: EngineReport) -> RenderableType:
         f"max |diff| {limits.max_abs_diff}, norm error {limits.norm_error}",
         style="dim",
     )
-    return Group(title, table, limit, *problems, *causes, _worst(report))
+    worst = Line("worst texts", style="bold")
+    return Group(title, Line(), table, limit, *problems, *causes, Line(), worst, _worst(report))
 
 
 def _worst(report: EngineReport) -> Table:
-    table = Table(show_edge=False, pad_edge=False, header_style="bold", title="worst texts", title_justify="left")
-    for column in ("cosine", "tokens", "language", "id", "text"):
-        table.add_column(column, justify="right" if column in ("cosine", "tokens") else "left", no_wrap=True)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+    for column in ("1 - cosine", "tokens", "language", "id", "text"):
+        table.add_column(column, justify="right" if column in ("1 - cosine", "tokens") else "left", no_wrap=True)
     for text in report.worst:
-        table.add_row(f"{text.cosine:.7f}", str(text.tokens), text.language, Line(text.id), Line(text.excerpt))
+        table.add_row(f"{1 - text.cosine:.1e}", str(text.tokens), text.language, Line(text.id), Line(text.excerpt))
     return table

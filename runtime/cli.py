@@ -61,14 +61,17 @@ def embed_command(
         arguments = list(words or [])
         if server is None and not arguments:
             raise InputError("no bundle was given.", cure="Call f2rt embed BUNDLE TEXT..., or name a --server.")
-        bundle = None if server else Path(arguments.pop(0))
-        texts = arguments or sys.stdin.read().splitlines()
+        bundle = Path(arguments.pop(0)) if server is None else None
+        texts = arguments or _lines(sys.stdin.buffer.read())
         if not texts:
             raise InputError("there is no text to embed.", cure="Give texts as arguments or on standard input.")
         if output_format == "npy" and sys.stdout.isatty():
             raise InputError("npy is binary and standard output is a terminal.", cure="Redirect it: ... > vectors.npy")
         if server is not None:
-            from runtime.client import EmbeddingClient
+            try:
+                from runtime.client import EmbeddingClient
+            except ModuleNotFoundError as error:
+                raise missing_extra(str(error.name), "serve") from error
 
             with EmbeddingClient(server) as client:
                 answer = client.embed(texts, prompt_name=prompt, prompt=instruction, dimensions=dim)
@@ -96,7 +99,17 @@ def embed_command(
             return
         for text, row, count in zip(texts, vectors.tolist(), tokens, strict=True):
             line = {"text": text, "tokens": count, "fingerprint": fingerprint, "embedding": row}
-            sys.stdout.write(json.dumps(line, ensure_ascii=False) + "\n")
+            # JSON is UTF-8, whatever the locale says.
+            sys.stdout.buffer.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+
+
+def _lines(data: bytes) -> list[str]:
+    """Split standard input at line feeds only: a text may hold U+2028 or a form feed."""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"standard input is not UTF-8 at byte {error.start}.", cure="Convert it first.") from error
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
 
 
 @app.command("inspect")
@@ -108,6 +121,7 @@ def inspect_command(
     """Show what a bundle holds: source, contract, graphs, engines and their verdicts."""
     with console.readable_errors():
         from rich.table import Table
+        from rich.text import Text
 
         from runtime.bundle import MANIFEST, bundle_files, check_hash, open_bundle
         from runtime.loader import problem_with
@@ -124,19 +138,19 @@ def inspect_command(
         facts = Table(show_header=False, show_edge=False, pad_edge=False)
         facts.add_column(style="bold")
         facts.add_column()
-        facts.add_row(
-            "source",
-            manifest.source.id + (f" @ {manifest.source.revision}" if manifest.source.revision else ""),
-        )
-        facts.add_row("license", manifest.source.license or "not declared")
-        facts.add_row("fingerprint", manifest.fingerprint)
-        facts.add_row("made", f"{manifest.created_at} by f2rt {manifest.versions.get('f2rt', '?')}")
-        facts.add_row("dimensions", f"{contract.dim}; trained: {', '.join(map(str, contract.trained_dims))}")
-        facts.add_row("tokens", f"up to {contract.max_tokens}; EOS {contract.eos_id}, pad {contract.pad_id}")
-        for name, text in contract.prompts.items():
-            facts.add_row(f"prompt {name}", json.dumps(text, ensure_ascii=False))
-        for notice in manifest.notices:
-            facts.add_row("notice", notice)
+        source = manifest.source
+        rows = [
+            ("source", source.id + (f" @ {source.revision}" if source.revision else "")),
+            ("license", source.license or "not declared"),
+            ("fingerprint", manifest.fingerprint),
+            ("made", f"{manifest.created_at} by f2rt {manifest.versions.get('f2rt', '?')}"),
+            ("dimensions", f"{contract.dim}; trained: {', '.join(map(str, contract.trained_dims))}"),
+            ("tokens", f"up to {contract.max_tokens}; EOS {contract.eos_id}, pad {contract.pad_id}"),
+            *((f"prompt {name}", json.dumps(text, ensure_ascii=False)) for name, text in contract.prompts.items()),
+            *(("notice", notice) for notice in manifest.notices),
+        ]
+        for name, value in rows:
+            facts.add_row(Text(name), Text(value))  # Text: a prompt may hold what rich takes for markup
         screen.print(facts)
         table = Table("engine", "fingerprint", "file", "verdict", "min cosine", show_edge=False, pad_edge=False)
         for engine in manifest.engines:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -106,6 +107,7 @@ class ServerInfo:
     max_tokens: int
     prompts: dict[str, str]
     default_prompt_name: str
+    default_truncate: Truncate
     max_items: int
     max_request_tokens: int
     license: str
@@ -160,13 +162,14 @@ class EmbeddingClient:
 
         Raises InputError, NotFoundError, OverloadedError, DeadlineError, UnavailableError or EngineError.
         """
-        request = pb.EmbedRequest(
-            input=_input(texts, token_ids, prompt_name, prompt, truncate),
-            dimensions=_checked_dimensions(dimensions),
-            normalize=normalize,
-            dtype=_DTYPES[dtype],
-            request_id=request_id,
-        )
+        with _input_errors():
+            request = pb.EmbedRequest(
+                input=_input(texts, token_ids, prompt_name, prompt, truncate),
+                dimensions=_checked_dimensions(dimensions),
+                normalize=normalize,
+                dtype=_DTYPES[dtype],
+                request_id=request_id,
+            )
         response: pb.EmbedResponse = self._call(self._stub.Embed, request, timeout_s)
         scales = np.array([i.scale for i in response.items], np.float32)
         t = response.timings
@@ -189,7 +192,8 @@ class EmbeddingClient:
         truncate: Truncate | None = None,
     ) -> list[ExplainedItem]:
         """Return what the engine would see for each text. Raises as `embed` does."""
-        request = pb.ExplainRequest(input=_input(texts, token_ids, prompt_name, prompt, truncate))
+        with _input_errors():
+            request = pb.ExplainRequest(input=_input(texts, token_ids, prompt_name, prompt, truncate))
         response: pb.ExplainResponse = self._call(self._stub.Explain, request, None)
         return [
             ExplainedItem(
@@ -218,6 +222,7 @@ class EmbeddingClient:
             max_tokens=r.max_tokens,
             prompts=dict(r.prompts),
             default_prompt_name=r.default_prompt_name,
+            default_truncate=next(t for t, number in _TRUNCATE.items() if t and number == r.default_truncate),
             max_items=r.max_items,
             max_request_tokens=r.max_request_tokens,
             license=r.license,
@@ -238,6 +243,11 @@ class EmbeddingClient:
             request = health_pb2.HealthCheckRequest()
             answer = self._health.Check(request, timeout=timeout_s, wait_for_ready=True)
         except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise UnavailableError(
+                    f"no server at {self._target} was ready within {timeout_s:g} s.",
+                    cure="Start one: f2rt serve BUNDLE",
+                ) from error
             raise self._translate(error) from error
         if answer.status != health_pb2.HealthCheckResponse.SERVING:
             raise UnavailableError(f"the server at {self._target} is not ready.", cure="Wait, or look at its log.")
@@ -254,7 +264,20 @@ class EmbeddingClient:
             return UnavailableError(
                 f"no f2rt server answers at {self._target}: {details}.", cure="Start one: f2rt serve BUNDLE"
             )
+        if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
+            return InputError(f"the message is too large: {details}.", cure="Split the request.")
         return _ERRORS.get(code, EngineError)(details or f"the server answered {code.name}.")
+
+
+@contextlib.contextmanager
+def _input_errors() -> Iterator[None]:
+    """Translate what protobuf says of a value it cannot hold: no string, a lone surrogate, an id beyond int32."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"the request cannot be sent: {error}.", cure="Texts are valid Unicode strings, ids are integers."
+        ) from error
 
 
 def _checked_dimensions(dimensions: int | None) -> int:

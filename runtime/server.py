@@ -7,17 +7,19 @@ import contextlib
 import ipaddress
 import logging
 import signal
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from runtime._pb.f2rt.v1 import embedding_pb2_grpc as pb_grpc
 from runtime.bundle import open_bundle
 from runtime.embedder import Embedder, open_embedder
-from runtime.errors import InputError
+from runtime.errors import InputError, status_of
 from runtime.service import SERVICE_NAME, EmbeddingService
 from runtime.settings import EngineSettings, ServeSettings
 
@@ -34,14 +36,15 @@ class GrpcServer:
         """Build the server without listening. Must be called inside the event loop that will run it."""
         self.settings = settings
         self.service = EmbeddingService(embedder, settings)
-        self._health = health.aio.HealthServicer()
+        self._health = _Health()
         self._server = grpc.aio.server(
+            interceptors=[_ReadableRequests()],
             options=[
                 ("grpc.max_receive_message_length", settings.max_message_bytes),
                 ("grpc.max_send_message_length", settings.max_message_bytes),
                 # Two servers on one port would share its connections unseen.
                 ("grpc.so_reuseport", 0),
-            ]
+            ],
         )
         pb_grpc.add_EmbeddingServiceServicer_to_server(self.service, self._server)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -68,8 +71,46 @@ class GrpcServer:
         self.service.draining = True
         for name in self._names:
             await self._health.set(name, _NOT_SERVING)
-        await self._server.stop(self.settings.drain_s)
+        stopped = asyncio.ensure_future(self._server.stop(self.settings.drain_s))
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self.service.idle(), self.settings.drain_s)
+        # What is still open now is over its time, or a stream that never ends by itself, such as a health Watch.
+        await self._server.stop(0)
+        await stopped
         await asyncio.get_running_loop().run_in_executor(None, self.service.close)
+
+
+class _Health(health.aio.HealthServicer):  # type: ignore[misc]
+    """grpc.health.v1 with List, which the library's asyncio servicer does not have."""
+
+    async def List(self, request: Any, context: Any) -> Any:  # noqa: N802
+        """Return the status of every service."""
+        statuses = {name: health_pb2.HealthCheckResponse(status=status) for name, status in self._server_status.items()}
+        return health_pb2.HealthListResponse(statuses=statuses)
+
+
+class _ReadableRequests(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Answers bytes that are no request with INVALID_ARGUMENT; the library's own answer is UNKNOWN."""
+
+    async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
+        """Return the method's handler with this check before it."""
+        handler = await continuation(details)
+        if handler is None or handler.request_streaming or handler.response_streaming:
+            return handler
+
+        def parse(data: bytes) -> Any:
+            try:
+                return handler.request_deserializer(data)
+            except DecodeError as error:
+                return error
+
+        async def answer(request: Any, context: Any) -> Any:
+            if isinstance(request, DecodeError):
+                error = InputError(f"{request}.", cure="Send the message of the .proto; strings are valid UTF-8.")
+                await context.abort(grpc.StatusCode[status_of(error).grpc], str(error))
+            return await handler.unary_unary(request, context)
+
+        return grpc.unary_unary_rpc_method_handler(answer, parse, handler.response_serializer)
 
 
 async def run(

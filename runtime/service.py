@@ -1,18 +1,22 @@
 """The gRPC service f2rt.v1: requests in, embedder calls, responses out. Owns no engine and no thread pool's size.
 
-Tokenization runs in its own threads and the engine in one thread of its own; nothing blocks the event loop.
+Tokenization runs in its own threads and the engine in one thread of its own; nothing blocks the event loop. Each batch
+waits for the engine by itself: a long request does not hold it, and a cancelled one gives it back after one batch.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import grpc
+import numpy as np
+from numpy.typing import NDArray
 
 import runtime
 from runtime._pb.f2rt.v1 import embedding_pb2 as pb
@@ -20,6 +24,7 @@ from runtime._pb.f2rt.v1 import embedding_pb2_grpc as pb_grpc
 from runtime.embedder import Embedder, finish
 from runtime.encoding import OutputDType, encode
 from runtime.errors import DeadlineError, F2rtError, InputError, OverloadedError, UnavailableError, status_of
+from runtime.scheduler import plan
 from runtime.settings import ServeSettings
 from runtime.tokenizer import Instruction, TokenizedText, Truncate
 
@@ -40,8 +45,13 @@ _DTYPE = {
 }
 _PB_DTYPE = {dtype: number for number, dtype in _DTYPE.items() if number != pb.DTYPE_UNSPECIFIED}
 
+# Details travel in a trailer, which gRPC drops above 8 KiB, and percent-encoded: up to 12 bytes a character.
+_MAX_MESSAGE_CHARS = 400
+_MAX_LOGGED_CHARS = 100
+
 Request = TypeVar("Request")
 Response = TypeVar("Response")
+Result = TypeVar("Result")
 
 
 class EmbeddingService(pb_grpc.EmbeddingServiceServicer):
@@ -53,26 +63,34 @@ class EmbeddingService(pb_grpc.EmbeddingServiceServicer):
         self._tokenizer_threads = ThreadPoolExecutor(2, thread_name_prefix="f2rt-tokenize")
         self._engine_thread = ThreadPoolExecutor(1, thread_name_prefix="f2rt-engine")
         self._admitted = 0
+        self._calls = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
         self.draining = False
 
     async def Embed(self, request: pb.EmbedRequest, context: Any) -> pb.EmbedResponse:  # noqa: N802
         """Embed one request; see the .proto for its fields."""
-        return await _answer(self._embed, request, context)
+        return await self._answer(self._embed, request, context)
 
     async def Explain(self, request: pb.ExplainRequest, context: Any) -> pb.ExplainResponse:  # noqa: N802
         """Tokenize only, and show what the engine would see."""
-        return await _answer(self._explain, request, context)
+        return await self._answer(self._explain, request, context)
 
     async def Info(self, request: pb.InfoRequest, context: Any) -> pb.InfoResponse:  # noqa: N802
         """Say which engine answers here."""
-        return await _answer(self._info, request, context)
+        return await self._answer(self._info, request, context)
+
+    async def idle(self) -> None:
+        """Return once no call is open: each has its response sent, or was cancelled."""
+        await self._idle.wait()
 
     def close(self) -> None:
         """Stop the threads once the work they have is done."""
         self._tokenizer_threads.shutdown()
         self._engine_thread.shutdown()
 
-    async def _embed(self, request: pb.EmbedRequest, context: Any) -> pb.EmbedResponse:
+    @contextlib.contextmanager
+    def _admission(self) -> Iterator[None]:
         if self.draining:
             raise UnavailableError("the server is shutting down.", cure="Ask another replica.")
         if self._admitted >= self._settings.max_waiting_requests:
@@ -82,9 +100,13 @@ class EmbeddingService(pb_grpc.EmbeddingServiceServicer):
             )
         self._admitted += 1
         try:
-            return await self._admitted_embed(request, context)
+            yield
         finally:
             self._admitted -= 1
+
+    async def _embed(self, request: pb.EmbedRequest, context: Any) -> pb.EmbedResponse:
+        with self._admission():
+            return await self._admitted_embed(request, context)
 
     async def _admitted_embed(self, request: pb.EmbedRequest, context: Any) -> pb.EmbedResponse:
         start = time.perf_counter()
@@ -94,59 +116,77 @@ class EmbeddingService(pb_grpc.EmbeddingServiceServicer):
         dtype = _DTYPE.get(request.dtype)
         if dtype is None:
             raise InputError(f"there is no dtype {request.dtype}.", cure="Use one of the DType enum.")
-        items = await self._tokenize(request.input)
+        items = await _run(self._tokenizer_threads, self._tokenization(request.input))
         tokenized = time.perf_counter()
         remaining_s = context.time_remaining()
         if remaining_s is not None and remaining_s <= 0:
             raise DeadlineError("the deadline passed before the engine was free.", cure="Allow more time.")
-        began = 0.0
-
-        def infer() -> Any:
-            nonlocal began
-            began = time.perf_counter()
-            return embedder.infer(items)
-
-        vectors = await asyncio.get_running_loop().run_in_executor(self._engine_thread, infer)
+        vectors, infer_s = await self._infer(items)
         inferred = time.perf_counter()
         normalize = request.normalize if request.HasField("normalize") else True
-        vectors = finish(vectors, dimensions, normalize)
-        data, scales = encode(vectors, dtype)
-        dim = vectors.shape[1]
+
+        def pack() -> tuple[int, bytes, NDArray[np.float32] | None]:
+            finished = finish(vectors, dimensions, normalize)
+            return finished.shape[1], *encode(finished, dtype)
+
+        dim, data, scales = await _run(self._tokenizer_threads, pack)
+        total_ms = 1e3 * (time.perf_counter() - start)
+        if request.request_id:
+            log.info("request %s: %d items in %.1f ms", _logged(request), len(items), total_ms)
         return pb.EmbedResponse(
             embeddings=data,
-            rows=len(vectors),
+            rows=len(items),
             dim=dim,
             dtype=_PB_DTYPE[dtype],
             items=[_item(item, 0.0 if scales is None else float(scales[i])) for i, item in enumerate(items)],
             timings=pb.Timings(
                 tokenize_ms=1e3 * (tokenized - start),
-                queue_ms=1e3 * (began - tokenized),
-                infer_ms=1e3 * (inferred - began),
-                total_ms=1e3 * (time.perf_counter() - start),
+                queue_ms=1e3 * (inferred - tokenized - infer_s),
+                infer_ms=1e3 * infer_s,
+                total_ms=total_ms,
             ),
             fingerprint=embedder.fingerprint,
             request_id=request.request_id,
             trained_dimension=dim in embedder.contract.trained_dims,
         )
 
+    async def _infer(self, items: Sequence[TokenizedText]) -> tuple[NDArray[np.float32], float]:
+        """Return the vectors of `items`, and the seconds the engine worked on them."""
+        embedder = self._embedder
+        vectors = np.empty((len(items), embedder.contract.dim), np.float32)
+        infer_s = 0.0
+
+        def run(part: list[TokenizedText]) -> tuple[NDArray[np.float32], float]:
+            began = time.perf_counter()
+            return embedder.infer(part), time.perf_counter() - began
+
+        loop = asyncio.get_running_loop()
+        for rows in plan([len(item.ids) for item in items], embedder.limits):
+            vectors[rows], took_s = await loop.run_in_executor(self._engine_thread, run, [items[row] for row in rows])
+            infer_s += took_s
+        return vectors, infer_s
+
     async def _explain(self, request: pb.ExplainRequest, context: Any) -> pb.ExplainResponse:
-        items = await self._tokenize(request.input)
-        spell = self._embedder.loaded.tokenizer.spell
-        return pb.ExplainResponse(
-            items=[
-                pb.Explanation(
-                    rendered=item.rendered,
-                    ids=item.ids,
-                    tokens=spell(item.ids),
-                    pooled_position=len(item.ids) - 1,
-                    pooled_id=item.ids[-1],
-                    truncated=item.truncated,
-                    original_tokens=item.original_tokens,
-                )
-                for item in items
-            ],
-            fingerprint=self._embedder.fingerprint,
-        )
+        with self._admission():
+            tokenize = self._tokenization(request.input)
+            spell = self._embedder.loaded.tokenizer.spell
+
+            def explain() -> list[pb.Explanation]:
+                return [
+                    pb.Explanation(
+                        rendered=item.rendered,
+                        ids=item.ids,
+                        tokens=spell(item.ids),
+                        pooled_position=len(item.ids) - 1,
+                        pooled_id=item.ids[-1],
+                        truncated=item.truncated,
+                        original_tokens=item.original_tokens,
+                    )
+                    for item in tokenize()
+                ]
+
+            items = await _run(self._tokenizer_threads, explain)
+            return pb.ExplainResponse(items=items, fingerprint=self._embedder.fingerprint)
 
     async def _info(self, request: pb.InfoRequest, context: Any) -> pb.InfoResponse:
         embedder, limits = self._embedder, self._settings.limits
@@ -174,44 +214,82 @@ class EmbeddingService(pb_grpc.EmbeddingServiceServicer):
             selection=embedder.loaded.selection,
         )
 
-    async def _tokenize(self, source: pb.EmbedInput) -> list[TokenizedText]:
-        texts, sequences = list(source.texts), [list(t.ids) for t in source.token_ids]
+    def _tokenization(self, source: pb.EmbedInput) -> Callable[[], list[TokenizedText]]:
+        """Return the tokenization of `source` as work for a thread. Raises InputError."""
+        embedder, limits = self._embedder, self._settings.limits
+        texts, sequences = source.texts, source.token_ids
         chosen = source.WhichOneof("instruction")
-        instruction = Instruction(
-            prompt_name=source.prompt_name if chosen == "prompt_name" else None,
-            prompt=source.prompt if chosen == "prompt" else None,
-        )
-        work: Callable[[], list[TokenizedText]]
         if texts and sequences:
             raise InputError("texts and token_ids were both given.", cure="Send two requests.")
         if sequences:
             if chosen:
                 raise InputError("a prompt was given with token_ids, which are used verbatim.", cure="Leave it out.")
-            work = lambda: self._embedder.verbatim(sequences)  # noqa: E731
-        else:
-            truncate = self._settings.truncate if not source.truncate else _TRUNCATE.get(source.truncate)
-            if truncate is None:
-                raise InputError(f"there is no truncate mode {source.truncate}.", cure="Use one of the Truncate enum.")
-            wanted = truncate
-            work = lambda: self._embedder.tokenize(texts, instruction, wanted)  # noqa: E731
-        return await asyncio.get_running_loop().run_in_executor(self._tokenizer_threads, work)
+            if len(sequences) > limits.max_items:  # before millions of empty rows become Python objects
+                raise InputError(
+                    f"the request has {len(sequences)} items; it may have 1 to {limits.max_items}.",
+                    cure="Split the request.",
+                )
+            return lambda: embedder.verbatim([row.ids for row in sequences])
+        wanted = self._settings.truncate if not source.truncate else _TRUNCATE.get(source.truncate)
+        if wanted is None:
+            raise InputError(f"there is no truncate mode {source.truncate}.", cure="Use one of the Truncate enum.")
+        # A prompt is sent once and repeated for every text: the limit on a message does not bound it.
+        prompt_chars = len(source.prompt)
+        longest = min(limits.max_text_chars, self._settings.max_message_bytes // max(1, len(texts)))
+        if prompt_chars > longest:
+            raise InputError(
+                f"the prompt has {prompt_chars} characters; the limit for {len(texts)} texts is {longest}.",
+                cure="Shorten the prompt, or split the request.",
+            )
+        instruction = Instruction(
+            prompt_name=source.prompt_name if chosen == "prompt_name" else None,
+            prompt=source.prompt if chosen == "prompt" else None,
+        )
+        return lambda: embedder.tokenize(texts, instruction, wanted)
+
+    async def _answer(
+        self, work: Callable[[Request, Any], Awaitable[Response]], request: Request, context: Any
+    ) -> Response:
+        """Run one call; an error becomes its status, with message and cure in the details."""
+        self._calls += 1
+        self._idle.clear()
+        context.add_done_callback(self._ended)
+        try:
+            return await work(request, context)
+        except F2rtError as error:
+            status = status_of(error)
+            if status.http >= 500:
+                log.error("request %s: %s", _logged(request), error)
+            elif getattr(request, "request_id", ""):
+                log.info("request %s: %s: %.400s", _logged(request), status.grpc, error)
+            await context.abort(grpc.StatusCode[status.grpc], _details(error))
+        except Exception:
+            # A fault of ours: the caller learns no internals, the log has all of them.
+            log.exception("request %s: unexpected error", _logged(request))
+            await context.abort(grpc.StatusCode.INTERNAL, "an unexpected error; the server's log has the details.")
+        raise AssertionError("abort raises")
+
+    def _ended(self, context: Any) -> None:
+        self._calls -= 1
+        if not self._calls:
+            self._idle.set()
+
+
+async def _run(threads: ThreadPoolExecutor, work: Callable[[], Result]) -> Result:
+    return await asyncio.get_running_loop().run_in_executor(threads, work)
 
 
 def _item(item: TokenizedText, scale: float) -> pb.Item:
     return pb.Item(tokens=len(item.ids), truncated=item.truncated, original_tokens=item.original_tokens, scale=scale)
 
 
-async def _answer(work: Callable[[Request, Any], Awaitable[Response]], request: Request, context: Any) -> Response:
-    """Run one call; an error becomes its status, with message and cure in the details."""
-    try:
-        return await work(request, context)
-    except F2rtError as error:
-        code = grpc.StatusCode[status_of(error).grpc]
-        if status_of(error).http >= 500:
-            log.error("%s", error)
-        await context.abort(code, str(error))
-    except Exception:
-        # A fault of ours: the caller learns no internals, the log has all of them.
-        log.exception("unexpected error")
-        await context.abort(grpc.StatusCode.INTERNAL, "an unexpected error; the server's log has the details.")
-    raise AssertionError("abort raises")
+def _details(error: F2rtError) -> str:
+    message = error.message
+    if len(message) > _MAX_MESSAGE_CHARS:
+        message = message[:_MAX_MESSAGE_CHARS] + "…"
+    return f"{message} {error.cure}".rstrip()
+
+
+def _logged(request: Any) -> str:
+    """Return the request's id for the log: quoted, so that it stays on one line, and cut."""
+    return repr(getattr(request, "request_id", "")[:_MAX_LOGGED_CHARS])

@@ -36,7 +36,7 @@ def checkpoint(mini: Path) -> Checkpoint:
 
 @pytest.fixture(scope="session")
 def reference(mini: Path) -> Reference:
-    return Reference(mini)
+    return Reference(locate(str(mini)))
 
 
 @pytest.fixture(scope="session")

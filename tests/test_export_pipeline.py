@@ -1,0 +1,205 @@
+"""Export writes a whole bundle or nothing: killed at every point, on a full disk, into a folder it may not write."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from export.checkpoint import Checkpoint
+from export.cli import app
+from export.pipeline import export_bundle
+from export.precision import Precision, parse_precisions
+from runtime.bundle import Bundle, bundle_files, check_hash, open_bundle
+from runtime.errors import InputError, OutputError
+
+ROOT = Path(__file__).parent.parent
+
+# Runs in a process of its own: forks a child per point, and the child kills itself at its N-th change of the file
+# system. Reports, for each point, whether the child was killed and what stands at the target afterwards.
+DRIVER = """
+import json, os, signal, sys
+from pathlib import Path
+from export.checkpoint import Checkpoint
+from export.hub import locate
+from export.pipeline import export_bundle
+from export.precision import Precision
+from runtime.bundle import bundle_files, check_hash, open_bundle
+
+checkpoint, target = Checkpoint.open(locate(sys.argv[1])), Path(sys.argv[2])
+export_bundle(checkpoint, target, [Precision.FP32])
+
+def changes(event, args):
+    if event == "open":
+        return isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    return event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "ctypes.dlsym", "shutil.rmtree")
+
+def child(point):
+    seen = 0
+    def hook(event, args):
+        nonlocal seen
+        if changes(event, args):
+            seen += 1
+            if seen == point:
+                os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(hook)
+    export_bundle(checkpoint, target, [Precision.FP32])
+    os._exit(0)
+
+point, status = 0, -1
+while status != 0:
+    point += 1
+    before = open_bundle(target).manifest.created_at
+    pid = os.fork()
+    if pid == 0:
+        try:
+            child(point)
+        finally:
+            os._exit(3)
+    _, status = os.waitpid(pid, 0)
+    bundle = open_bundle(target)
+    for record in bundle_files(bundle.manifest):
+        check_hash(bundle, record)
+    leftovers = len(list(target.parent.iterdir())) - 1
+    print(json.dumps({"point": point, "status": status, "leftovers": leftovers}), flush=True)
+"""
+
+
+def test_killed_at_every_change_of_the_file_system(mini: Path, tmp_path: Path) -> None:
+    target = tmp_path / "build" / "mini"
+    command = [sys.executable, "-c", DRIVER, str(mini), str(target)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr  # the driver opens and hashes the bundle after each kill
+    points = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(points) >= 8  # staging, tokenizer, graphs, data, model, manifest, exchange, removal
+    assert [os.WTERMSIG(p["status"]) for p in points[:-1]] == [signal.SIGKILL] * (len(points) - 1)
+    assert max(p["leftovers"] for p in points) >= 1  # the kills did strike while something was half made
+    assert points[-1] == {"point": len(points), "status": 0, "leftovers": 0}  # and the next export cleaned up
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_killed_while_weights_stream(checkpoint: Checkpoint, tmp_path: Path, share: float) -> None:
+    """A fault in the middle of the data, as an exception: nothing is left, and the old bundle is untouched."""
+    target = tmp_path / "mini"
+    export_bundle(checkpoint, target, [Precision.FP32])
+    before = (target / "manifest.json").read_bytes()
+
+    class FaultError(Exception):
+        pass
+
+    def strike(step: object, done: int) -> None:
+        total = step.total_bytes  # type: ignore[attr-defined]
+        if "graph" in step.label and done >= share * total * 0.99:  # type: ignore[attr-defined]
+            raise FaultError
+
+    with pytest.raises(FaultError):
+        export_bundle(checkpoint, target, [Precision.FP32], strike)
+    assert (target / "manifest.json").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["mini"]
+
+
+def test_export_is_reproducible(bundle: Bundle, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    again = export_bundle(checkpoint, tmp_path / "again", [Precision.FP32]).manifest
+    assert again.fingerprint == bundle.manifest.fingerprint
+    assert again.engines[0].fingerprint == bundle.manifest.engines[0].fingerprint
+    assert [g.data.sha256 for g in again.graphs] == [g.data.sha256 for g in bundle.manifest.graphs]
+
+
+def test_manifest_traces_the_source(bundle: Bundle, mini: Path) -> None:
+    manifest = bundle.manifest
+    files = {f.file for f in manifest.source.files}
+    assert {"config.json", "tokenizer.json", "model.safetensors", "1_Pooling/config.json", "modules.json"} <= files
+    assert manifest.source.license == "to-be-decided-by-the-publisher"
+    assert bundle.path("tokenizer.json").read_bytes() == (mini / "tokenizer.json").read_bytes()
+    assert {"f2rt", "python", "onnx-ir", "safetensors"} <= set(manifest.versions)
+    for record in bundle_files(manifest):
+        check_hash(bundle, record)
+
+
+def test_folder_that_is_not_a_bundle_is_never_replaced(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(OutputError, match="it is not a bundle and is not replaced"):
+        export_bundle(checkpoint, tmp_path, [Precision.FP32])
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+    file = tmp_path / "file"
+    file.write_text("x")
+    with pytest.raises(OutputError, match="is not a folder"):
+        export_bundle(checkpoint, file, [Precision.FP32])
+
+
+def in_small_file_system(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a shell script in a mount namespace of its own; `$D` is where it may mount."""
+    unshare = shutil.which("unshare")
+    probe = [unshare or "unshare", "-rm", "mount", "-t", "tmpfs", "none", str(folder)]
+    if unshare is None or subprocess.run(probe, capture_output=True, check=False).returncode != 0:
+        pytest.skip("this machine lets no test mount a file system of its own (unshare -rm)")
+    f2rt = f"{sys.executable} -c 'from export.cli import main; main()'"
+    return subprocess.run(
+        [unshare, "-rm", "sh", "-c", script],
+        cwd=ROOT,
+        env={**os.environ, "D": str(folder), "F2RT": f2rt},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_full_disk(tmp_path: Path) -> None:
+    done = in_small_file_system(
+        "mount -t tmpfs -o size=12m none $D && eval $F2RT export checkpoints/mini --out $D/mini; "
+        "echo status $?; ls -A $D",
+        tmp_path,
+    )
+    assert "the disk is full" in done.stderr
+    assert "cure: Free some space" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout.split() == ["status", "2"]  # and ls shows nothing
+
+
+def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    done = in_small_file_system(
+        "mount -t tmpfs -o ro none $D && eval $F2RT export checkpoints/mini --out $D/mini; echo status $?; ls -A $D",
+        tmp_path,
+    )
+    assert "cannot write" in done.stderr
+    assert "Read-only file system" in done.stderr
+    assert "cure: Choose a folder you may write to" in done.stderr
+    assert done.stdout.split() == ["status", "2"]
+
+
+def test_full_disk_keeps_the_old_bundle(tmp_path: Path) -> None:
+    done = in_small_file_system(
+        "mount -t tmpfs -o size=40m none $D && eval $F2RT export checkpoints/mini --out $D/mini >/dev/null && "
+        "{ eval $F2RT export checkpoints/mini --out $D/mini; echo status $?; ls -A $D; "
+        "eval $F2RT inspect $D/mini --verify | tail -1; }",
+        tmp_path,
+    )
+    assert "the disk is full" in done.stderr
+    assert done.stdout.splitlines() == ["status 2", "mini", "all files have the recorded hashes"]
+
+
+def test_export_command(tmp_path: Path) -> None:
+    run = CliRunner().invoke
+    target = str(tmp_path / "mini")
+    done = run(app, ["export", str(ROOT / "checkpoints/mini"), "--out", target])
+    assert done.exit_code == 0, done.output
+    assert "256 dimensions" in done.output
+    assert open_bundle(Path(target)).manifest.golden is None  # proving is another step
+    assert run(app, ["export", str(tmp_path / "gone"), "--out", target]).exit_code == 2
+    refused = run(app, ["export", str(ROOT / "checkpoints/mini"), "--out", target, "--precision", "fp13"])
+    assert refused.exit_code == 2
+    assert "fp13" in refused.output
+
+
+def test_precisions() -> None:
+    assert parse_precisions("fp32, fp32") == [Precision.FP32]
+    for text in ("", "fp64", "fp32,int3"):
+        with pytest.raises(InputError):
+            parse_precisions(text)

@@ -1,0 +1,100 @@
+"""The README is true: its commands are run in order, as written, in a copy of the project."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from runtime.client import EmbeddingClient
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SERVER = "127.0.0.1:50051"
+NOT_RUN = {"make test": "it is what is running"}
+
+
+def blocks() -> list[tuple[str, str]]:
+    """Return (language, body) of each fenced block, in order."""
+    return re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What git would clone, with the running environment as its .venv."""
+    folder = tmp_path_factory.mktemp("readme") / "f2rt"
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    files = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    for name in files:
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    (folder / ".venv").symlink_to(sys.prefix)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[list[subprocess.Popen[bytes]]]:
+    started: list[subprocess.Popen[bytes]] = []
+    yield started
+    for process in started:
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.wait(timeout=30) in (0, -signal.SIGTERM, 2)
+
+
+def run_bash(body: str, copy: Path, servers: list[subprocess.Popen[bytes]]) -> str:
+    if body.strip() == "make serve":
+        servers.append(subprocess.Popen(["make", "serve"], cwd=copy, start_new_session=True))
+        with EmbeddingClient(SERVER) as client:
+            client.wait_ready(60)
+        return ""
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", body], cwd=copy, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"{body}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_commands_run_in_order(copy: Path, servers: list[subprocess.Popen[bytes]]) -> None:
+    if not (Path(sys.prefix) / ".f2rt-installed").exists():
+        pytest.skip("the running environment was not made by `make setup`, which the README's commands use")
+    output: dict[int, str] = {}
+    all_blocks = blocks()
+    for index, (language, body) in enumerate(all_blocks):
+        if body.strip() in NOT_RUN:
+            continue
+        if language == "bash":
+            output[index] = run_bash(body, copy, servers)
+        elif language == "python":
+            done = subprocess.run(
+                [".venv/bin/python", "-c", body], cwd=copy, capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, f"{body}\n{done.stderr}"
+            output[index] = done.stdout
+            if index + 1 < len(all_blocks) and all_blocks[index + 1][0] == "text":
+                assert done.stdout == all_blocks[index + 1][1]  # what the README shows is what it prints
+    assert sum(language == "bash" for language, _ in all_blocks) >= 5
+    assert "PASS" in output[0]
+    assert (copy / "build/mini/manifest.json").is_file()
+
+
+def test_file_map_names_every_file() -> None:
+    """One line a file; folders whose files need no line of their own stand for them."""
+    mapped = re.findall(r"^\| `([^`]+)` \|", README.split("## Files")[1].split("\n## ")[0], re.MULTILINE)
+    for name in mapped:
+        assert (ROOT / name).exists(), name
+    for package in ("export", "runtime"):
+        files = {p.relative_to(ROOT).as_posix() for p in (ROOT / package).glob("*.py")} - {f"{package}/__init__.py"}
+        assert files <= set(mapped), files - set(mapped)
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
