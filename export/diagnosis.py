@@ -6,7 +6,6 @@ Runs only after a failure. Each hypothesis is tested against the reference, so w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
@@ -17,14 +16,12 @@ from export.checkpoint import Checkpoint
 from export.encoder import build_encoder
 from export.external_data import DataLayout
 from export.reference import Reference, unit
+from export.samples import Sample
 from export.weights import Weights, to_float32
 from runtime.bundle import Bundle, EngineRecord
 from runtime.errors import F2rtError
 from runtime.golden import row_cosines
 from runtime.tolerances import WEIGHT_MAX_ABS_DIFF
-
-if TYPE_CHECKING:
-    from export.parity import Sample
 
 _PROBED_TEXTS = 8
 _MATCH = 0.995  # a fault elsewhere in the graph may come with the one that is looked for

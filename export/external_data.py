@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from runtime.errors import CheckpointError
 
 ALIGNMENT_BYTES = 4096  # a memory page, so that a runtime can map each tensor
 _CHUNK_VALUES = 1 << 20
+_AHEAD = 4  # chunks of a few megabytes
 _BLOCK = 256  # rows and columns of a transposition block; both sides then fit the cache
 
 
@@ -86,25 +89,38 @@ class DataLayout:
 def write(layout: DataLayout, weights: Weights, path: Path, progress: Callable[[int], None]) -> str:
     """Stream all tensors to `path`, in order; returns the file's SHA-256, computed on the way.
 
-    `progress` is told the number of bytes done. Raises CheckpointError for a value that is not finite, OSError when
-    the file cannot be written.
+    One thread converts, one writes and one hashes; at most `_AHEAD` chunks wait. `progress` is told the number of
+    bytes done. Raises CheckpointError for a value that is not finite, OSError when the file cannot be written.
     """
     digest = hashlib.sha256()
-    with path.open("wb") as file:
-        position = 0
-        for entry in layout.entries:
-            gap = bytes(entry.offset - position)
-            file.write(gap)
-            digest.update(gap)
-            for chunk in _chunks(entry, weights):
-                data = chunk.reshape(-1).view(np.uint8).data
-                file.write(data)
-                digest.update(data)
-                progress(chunk.nbytes)
-            position = entry.offset + entry.size_bytes
+    waiting: deque[tuple[int, Future[int], Future[None]]] = deque()
+    with path.open("wb") as file, ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(1) as hasher:
+        for data in _bytes(layout, weights):
+            waiting.append((len(data), writer.submit(file.write, data), hasher.submit(digest.update, data)))
+            if len(waiting) > _AHEAD:
+                _finish(waiting.popleft(), progress)
+        for oldest in waiting:
+            _finish(oldest, progress)
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest()
+
+
+def _finish(oldest: tuple[int, Future[int], Future[None]], progress: Callable[[int], None]) -> None:
+    count, written, hashed = oldest
+    written.result()
+    hashed.result()
+    progress(count)
+
+
+def _bytes(layout: DataLayout, weights: Weights) -> Iterator[memoryview]:
+    """Yield the file's bytes: padding and chunks."""
+    position = 0
+    for entry in layout.entries:
+        yield memoryview(bytes(entry.offset - position))
+        for chunk in _chunks(entry, weights):
+            yield chunk.reshape(-1).view(np.uint8).data
+        position = entry.offset + entry.size_bytes
 
 
 def _chunks(entry: Entry, weights: Weights) -> Iterator[NDArray[np.float32]]:

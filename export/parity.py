@@ -10,36 +10,31 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import hashlib
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-from calibration.texts import Text, texts_sha256
+from calibration.texts import Text
+from export.diagnosis import diagnose
 from export.pipeline import versions
 from export.reference import Reference, unit
 from export.report import (
     REPORT_SCHEMA_VERSION,
     Check,
-    Coverage,
     EngineReport,
     ParityReport,
-    TokenMismatch,
     WorstText,
 )
+from export.samples import Progress, Sample, Vectors, compare_tokenizers, coverage_of, golden_of, make_samples
 from runtime.batch import make_batch
 from runtime.bundle import Bundle, Contract, EngineRecord, Verdict
 from runtime.embedder import finish
 from runtime.engines import Engine
-from runtime.errors import BundleError, EngineError, InputError, MissingExtraError
+from runtime.errors import EngineError, InputError, MissingExtraError
 from runtime.golden import Golden, row_cosines
 from runtime.loader import open_raw_engine
 from runtime.settings import EngineSettings
-from runtime.tokenizer import Instruction, TextTokenizer
 from runtime.tolerances import Tolerance, tolerance
 
 BATCH_ROWS = 16
@@ -47,22 +42,7 @@ BATCHED_TEXT_TOKENS = 256  # longer texts are compared singly: in a batch they w
 EQUAL_LENGTH_TOKENS = 32
 PADDED_TEXT_TOKENS = 16
 PADDED_WIDTH_TOKENS = 1024
-GOLDEN_TEXTS = 16
-GOLDEN_TEXT_TOKENS = 64
 WORST_TEXTS = 5
-
-Vectors = NDArray[np.float32]
-Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A text with the ids transformers gives it and the vector PyTorch gives those ids."""
-
-    text: Text
-    rendered: str
-    ids: list[int]
-    vector: Vectors
 
 
 def check_bundle(
@@ -97,71 +77,13 @@ def check_bundle(
         created_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         bundle_fingerprint=bundle.manifest.fingerprint,
         source=bundle.manifest.source,
-        coverage=_coverage(samples, contract, missing_prompts),
+        coverage=coverage_of(samples, contract, missing_prompts),
         tokenizer_mismatches=mismatches,
         engines=engines,
         versions=versions(["numpy", "onnxruntime", "tokenizers"]) | reference.versions,
         duration_s=round(time.perf_counter() - start, 3),
     )
     return report, golden_of(samples)
-
-
-def make_samples(
-    reference: Reference, contract: Contract, texts: Sequence[Text], progress: Progress
-) -> tuple[list[Sample], list[str]]:
-    """Run the reference over all texts. Returns the samples and the names of prompts the checkpoint does not have."""
-    samples, missing = [], set()
-    for index, text in enumerate(texts):
-        progress("PyTorch reference", index, len(texts))
-        if text.prompt is not None and text.prompt not in contract.prompts:
-            missing.add(text.prompt)
-        rendered = contract.prompts.get(text.prompt or "", "") + text.text
-        ids = reference.tokenize(rendered, contract.max_tokens)
-        samples.append(Sample(text, rendered, ids, reference.embed(ids)))
-    progress("PyTorch reference", len(texts), len(texts))
-    return samples, sorted(missing)
-
-
-def compare_tokenizers(bundle: Bundle, samples: Sequence[Sample]) -> list[TokenMismatch]:
-    """Compare the runtime's ids with transformers' for every text; names what differs."""
-    contract = bundle.manifest.contract
-    try:
-        tokenizer = TextTokenizer(bundle.path(bundle.manifest.tokenizer.file), contract)
-    except BundleError as error:
-        return [TokenMismatch("every text", 0, 0, 0, error.message)]
-    encoded = tokenizer.encode([s.rendered for s in samples], Instruction(prompt=""))
-    mismatches = []
-    for sample, item in zip(samples, encoded, strict=True):
-        found, expected = item.ids, sample.ids
-        if found == expected:
-            continue
-        pairs = enumerate(zip(found, expected, strict=False))
-        at = next((i for i, (a, b) in pairs if a != b), min(len(found), len(expected)))
-        if expected[-1] == contract.eos_id and found == expected[:-1]:
-            explanation = f"EOS ({contract.eos_id}) is missing at the end of the runtime's {len(found)} ids"
-        else:
-            explanation = (
-                f"ids differ from position {at}: runtime {found[at : at + 4]}, transformers {expected[at : at + 4]} "
-                f"({len(found)} and {len(expected)} ids)"
-            )
-        mismatches.append(TokenMismatch(sample.text.id, at, len(found), len(expected), explanation))
-    return mismatches
-
-
-def golden_of(samples: Sequence[Sample]) -> Golden:
-    """Choose the golden texts: short ones, of every kind in turn, always the same for the same texts."""
-    short = [s for s in samples if len(s.ids) <= GOLDEN_TEXT_TOKENS] or list(samples)
-    by_kind: dict[str, list[Sample]] = {}
-    for sample in sorted(short, key=lambda s: hashlib.sha256(s.text.id.encode()).digest()):
-        by_kind.setdefault(sample.text.kind, []).append(sample)
-    queues = [by_kind[kind] for kind in sorted(by_kind)]
-    turns = max(map(len, queues))
-    chosen = [queue[turn] for turn in range(turns) for queue in queues if turn < len(queue)][:GOLDEN_TEXTS]
-    return Golden(
-        texts=[s.rendered for s in chosen],
-        ids=[s.ids for s in chosen],
-        embeddings=np.stack([s.vector for s in chosen]),
-    )
 
 
 def _fail_for_tokenizer(report: EngineReport) -> EngineReport:
@@ -209,8 +131,6 @@ def _check_engine(
     verdict: Verdict = "pass" if all(c.verdict == "pass" for c in checks) else "fail"
     diagnosis: list[str] = []
     if verdict == "fail":
-        from export.diagnosis import diagnose
-
         diagnosis = diagnose(bundle, record, reference, samples, runs.single)
     return EngineReport(
         record.name,
@@ -342,23 +262,3 @@ def _worst(samples: Sequence[Sample], vectors: Vectors) -> list[WorstText]:
         )
         for i in worst
     ]
-
-
-def _coverage(samples: Sequence[Sample], contract: Contract, missing_prompts: list[str]) -> Coverage:
-    texts = [s.text for s in samples]
-    code = {t.language for t in texts if t.kind == "code"}
-    natural = {t.language for t in texts if t.kind != "code"} - code - {"und", "zxx", "mul"}
-    lengths = [len(s.ids) for s in samples]
-    return Coverage(
-        texts=len(texts),
-        texts_sha256=texts_sha256(texts),
-        languages=len(natural),
-        scripts=len({t.script for t in texts} - {"Zyyy"}),
-        programming_languages=len(code),
-        by_kind=dict(sorted(Counter(t.kind for t in texts).items())),
-        tokens_total=sum(lengths),
-        tokens_longest=max(lengths),
-        max_tokens=contract.max_tokens,
-        truncated=sum(n == contract.max_tokens for n in lengths),
-        prompts_missing=missing_prompts,
-    )

@@ -14,9 +14,10 @@ from calibration.texts import Text
 from export.config import CONFIG
 from export.conventions import TOKENIZER
 from export.hub import Location, locate
-from export.parity import Progress, check_bundle
+from export.parity import check_bundle
 from export.reference import Reference
 from export.report import EngineReport, ParityReport, to_json
+from export.samples import Progress
 from runtime import golden
 from runtime.bundle import (
     GOLDEN,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import zipfile
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,12 +62,13 @@ def load(bundle: Bundle) -> Golden:
         )
     check_hash(bundle, record)
     try:
-        with np.load(bundle.path(record.file), allow_pickle=False) as arrays:
+        # Given a path, numpy leaves it open when the archive is damaged.
+        with bundle.path(record.file).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             blob, offsets = arrays["text_bytes"].tobytes(), arrays["text_offsets"]
             ids = [row[:n].tolist() for row, n in zip(arrays["token_ids"], arrays["lengths"], strict=True)]
             texts = [blob[a:b].decode() for a, b in itertools.pairwise(offsets)]
             return Golden(texts, ids, arrays["embeddings"])
-    except (KeyError, ValueError, OSError) as error:
+    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise BundleError(
             f"{bundle.path(record.file)} cannot be read: {error}.", cure=f"Run: f2rt parity {bundle.folder}"
         ) from error

@@ -258,7 +258,7 @@ class EmbeddingService(pb_grpc.EmbeddingServiceServicer):
             return await work(request, context)
         except F2rtError as error:
             status = status_of(error)
-            if status.http >= 500:
+            if status.http == 500:
                 log.error("request %s: %s", _logged(request), error)
             elif getattr(request, "request_id", ""):
                 log.info("request %s: %s: %.400s", _logged(request), status.grpc, error)

@@ -96,15 +96,10 @@ class TextTokenizer:
         Raises InputError when a text is too long under `Truncate.ERROR`, or its prompt alone fills the limit.
         """
         prompt = self.prompt_text(instruction)
+        _check_unicode("the prompt", prompt)
+        for index, text in enumerate(texts):
+            _check_unicode(f"text {index}", text)
         rendered = [prompt + text for text in texts]
-        for index, text in enumerate(rendered):
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise InputError(
-                    f"text {index} holds half of a surrogate pair at character {error.start}.",
-                    cure="Send valid Unicode text.",
-                ) from error
         encodings = self._tokenizer.encode_batch(rendered)
         return [
             self._finish(e, r, len(prompt), truncate, i)
@@ -158,3 +153,13 @@ class TextTokenizer:
         else:
             ids = [*ids[: limit - 1], eos]
         return TokenizedText(ids, count, rendered)
+
+
+def _check_unicode(what: str, text: str) -> None:
+    """Refuse what has no UTF-8: the tokenizers library would fail on it with a foreign error."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{what} holds half of a surrogate pair at character {error.start}.", cure="Send valid Unicode text."
+        ) from error

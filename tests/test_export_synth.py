@@ -118,7 +118,7 @@ def test_the_checkpoint_opens(tmp_path: Path) -> None:
 def test_stock_transformers_loads_every_weight(tmp_path: Path) -> None:
     from export.reference import Reference
 
-    reference = Reference(write_tiny(tmp_path / "tiny"))  # raises for a missing weight
+    reference = Reference(locate(str(write_tiny(tmp_path / "tiny"))))  # raises for a missing weight
     vector = reference.embed(reference.tokenize("hello", 64))
     assert vector.shape == (16,)
     assert np.isfinite(vector).all()
@@ -191,7 +191,7 @@ def test_only_a_synthetic_checkpoint_is_replaced(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_noticed_before_it_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 10_000))  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 10_000))
     with pytest.raises(OutputError, match="no room"):
         synth.write_checkpoint("14B", tmp_path / "x")
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,1 @@
+"""Side-by-side measurements. Run: python -m bench [export|latency|grpc]."""

@@ -1,0 +1,88 @@
+"""The command: python -m bench [export|latency|grpc] [options]. Without a name, all of them with their defaults."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bench.report import RESULTS, Result, machine, publish
+from runtime import console
+
+app = typer.Typer(name="python -m bench", pretty_exceptions_enable=False, help="Side-by-side measurements.")
+
+WorkOption = Annotated[Path | None, typer.Option(help="Where large files go; a temporary folder by default.")]
+ResultsOption = Annotated[Path, typer.Option(help="Where NAME.json and NAME.md go.")]
+
+
+@contextlib.contextmanager
+def _work_folder(work: Path | None) -> Iterator[Path]:
+    """Yield a folder that is removed afterwards, inside `work` or where temporary files go."""
+    if work is not None:
+        work.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="f2rt-bench-", dir=work) as folder:
+        yield Path(folder)
+
+
+def _publish(result: Result, packages: list[str], results: Path) -> None:
+    publish(result, machine(packages), results)
+
+
+@app.callback(invoke_without_command=True)
+def everything(context: typer.Context) -> None:
+    """Run the measurement named, or all."""
+    if context.invoked_subcommand is None:
+        export_command()
+        latency_command()
+        grpc_command()
+
+
+@app.command("export")
+def export_command(
+    sizes: Annotated[str, typer.Option(help="Comma-separated; 4B takes 40 GB of disk meanwhile.")] = "80M,0.6B,4B",
+    repetitions: Annotated[int, typer.Option(min=1)] = 3,
+    work: WorkOption = None,
+    results: ResultsOption = RESULTS,
+) -> None:
+    """Time and peak memory of an export, beside a plain file write."""
+    with console.readable_errors(), _work_folder(work) as folder:
+        from bench.export_sizes import measure
+
+        names = [name.strip() for name in sizes.split(",") if name.strip()]
+        _publish(measure(names, folder, repetitions), ["numpy", "onnx-ir", "safetensors"], results)
+
+
+@app.command("latency")
+def latency_command(
+    size: Annotated[str, typer.Option(help="A size of the family.")] = "0.6B",
+    seconds: Annotated[float, typer.Option(help="For all shapes together; at least three repetitions each.")] = 240.0,
+    work: WorkOption = None,
+    results: ResultsOption = RESULTS,
+) -> None:
+    """Latency of the fp32 engine beside stock transformers."""
+    with console.readable_errors(), _work_folder(work) as folder:
+        from bench.latency import measure
+
+        _publish(measure(size, folder, seconds), ["numpy", "onnxruntime", "torch", "transformers"], results)
+
+
+@app.command("grpc")
+def grpc_command(
+    bundle: Annotated[Path | None, typer.Option(help="A proven bundle; made of checkpoints/mini by default.")] = None,
+    seconds: Annotated[float, typer.Option(help="For all cases together.")] = 60.0,
+    work: WorkOption = None,
+    results: ResultsOption = RESULTS,
+) -> None:
+    """What gRPC adds to a request."""
+    with console.readable_errors(), _work_folder(work) as folder:
+        from bench.grpc_overhead import measure
+
+        _publish(measure(bundle, folder, seconds), ["numpy", "onnxruntime", "grpcio", "protobuf"], results)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,120 @@
+"""What all measurements share: percentiles, facts about the machine, and a result's four forms.
+
+A result is printed as a table for people and a last line of JSON for machines, and written as NAME.json and NAME.md.
+None of them holds a host name or a path of the machine.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+import runtime
+from runtime import console
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where it was measured. `ram_gib` as the kernel counts it."""
+
+    cpu: str
+    cores: int
+    ram_gib: float
+    system: str
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One measurement: `rows` of texts under `columns` for people, `data` with every number for machines."""
+
+    name: str
+    title: str
+    command: str
+    columns: list[str]
+    rows: list[list[str]]
+    notes: list[str]
+    data: dict[str, object]
+
+
+def machine(packages: Sequence[str]) -> Machine:
+    """Return the facts of this machine and the versions of `packages`."""
+    ram_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    versions = {"f2rt": runtime.__version__, "python": platform.python_version()}
+    versions |= {name: importlib.metadata.version(name) for name in packages}
+    system = f"{platform.system()} {'.'.join(platform.release().split('.')[:2])}"
+    return Machine(_cpu(), physical_cores(), round(ram_bytes / 2**30, 1), system, versions)
+
+
+def physical_cores() -> int:
+    """Return the cores this process may use, two threads of one core counting as one."""
+    allowed = os.sched_getaffinity(0)
+    siblings = set()
+    for cpu in allowed:
+        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        siblings.add(path.read_text().strip() if path.is_file() else str(cpu))
+    return len(siblings)
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """Return the value at `percent` (0 to 100), interpolated linearly between neighbours."""
+    ordered = sorted(values)
+    place = (len(ordered) - 1) * percent / 100
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def median(values: Sequence[float]) -> float:
+    """Return the middle value."""
+    return statistics.median(values)
+
+
+def publish(result: Result, facts: Machine, folder: Path) -> None:
+    """Print the table and the line of JSON; write both files."""
+    table = Table(*result.columns, title=result.title, title_justify="left", show_edge=False, pad_edge=False)
+    for row in result.rows:
+        table.add_row(*row)
+    screen = console.out()
+    screen.print(table)
+    for note in result.notes:
+        screen.print(f"- {note}")
+    whole = {"name": result.name, "command": result.command, "machine": asdict(facts), **result.data}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{result.name}.json").write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+    (folder / f"{result.name}.md").write_text(_markdown(result, facts), encoding="utf-8")
+    print(json.dumps(whole), flush=True)
+
+
+def _markdown(result: Result, facts: Machine) -> str:
+    lines = [f"# {result.title}", "", "```", result.command, "```", ""]
+    lines += [_row(result.columns), _row(["---"] * len(result.columns)), *map(_row, result.rows), ""]
+    lines += [f"- {note}" for note in result.notes]
+    versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
+    lines += ["", f"{facts.cpu}, {facts.cores} cores, {facts.ram_gib} GiB RAM, {facts.system}; {versions}.", ""]
+    return "\n".join(lines)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _cpu() -> str:
+    """Return the CPU's name, with family and model numbers where a virtual machine hides the name's end."""
+    path = Path("/proc/cpuinfo")
+    if not path.is_file():
+        return platform.processor() or platform.machine()
+    pairs = [line.split(":", 1) for line in path.read_text().splitlines() if ":" in line]
+    facts = {key.strip(): value.strip() for key, value in reversed(pairs)}
+    name = facts.get("model name", platform.machine())
+    return f"{name} (family {facts.get('cpu family', '?')}, model {facts.get('model', '?')})"
