@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from export.config import CONFIG, EncoderConfig, architecture, read_encoder_config, read_json
+from export.config import CONFIG, EncoderConfig, read_encoder_config
 from export.conventions import (
     MODULES,
     ST_CONFIG,
@@ -21,6 +21,7 @@ from export.conventions import (
     max_tokens,
     pooling_files,
     read_prompts,
+    read_tokenizer_config,
 )
 from export.hub import Location
 from export.weights import INDEX, Weights
@@ -51,17 +52,16 @@ class Checkpoint:
         """Read and check a checkpoint. Raises CheckpointError naming file, field, value and cure."""
         folder = location.folder
         notices: list[str] = []
-        raw = read_json(folder / CONFIG)
-        config = read_encoder_config(folder / CONFIG, raw)
+        identity, config = read_encoder_config(folder)
         check_modules(folder, config, notices)
-        tokenizer_config = read_json(folder / TOKENIZER_CONFIG, required=False)
-        eos_id, pad_id = check_tokenizer(folder, raw, tokenizer_config, config, notices)
+        declared = read_tokenizer_config(folder)
+        eos_id, pad_id = check_tokenizer(folder, identity, declared, config, notices)
         prompts, default_prompt_name = read_prompts(folder)
         contract = Contract(
-            architecture=architecture(raw),
+            architecture=identity.architecture,
             dim=config.hidden_size,
             trained_dims=trained_dims(config.hidden_size),
-            max_tokens=max_tokens(folder, config, tokenizer_config),
+            max_tokens=max_tokens(folder, config, declared),
             pooling="last_token",
             eos_id=eos_id,
             pad_id=pad_id,

@@ -47,7 +47,7 @@ def export_command(
         checkpoint = Checkpoint.open(locate(model, revision))
         screen = console.out()
         for notice in checkpoint.notices:
-            screen.print(f"notice: {notice}")
+            screen.print(f"notice: {notice}", markup=False)
         with console.bars() as bars:
             bundle = export_bundle(
                 checkpoint,

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
+
+import msgspec
 
 from runtime.errors import CheckpointError
 
 CONFIG = "config.json"
+
+T = TypeVar("T")
+Positive = Annotated[int, msgspec.Meta(ge=1)]
 
 
 @dataclass(frozen=True)
@@ -77,52 +81,93 @@ def read_json(path: Path, *, required: bool = True) -> dict[str, Any]:
     return value
 
 
-def architecture(raw: dict[str, Any]) -> str:
-    """Return the first architecture config.json names; without one, the bare encoder."""
-    return str((raw.get("architectures") or ["Qwen3Model"])[0])
+def read_typed(path: Path, kind: type[T], *, required: bool = True) -> T:
+    """Return the object in a JSON file as a `kind`; other fields are ignored. Raises CheckpointError."""
+    return as_type(path, read_json(path, required=required), kind)
 
 
-def read_encoder_config(path: Path, raw: dict[str, Any]) -> EncoderConfig:
-    """Return the shape in `raw`, read from `path`. Raises CheckpointError for what is wrong or not implemented."""
-    if raw.get("model_type") != "qwen3" or architecture(raw) not in ("Qwen3Model", "Qwen3ForCausalLM"):
+def as_type(path: Path, raw: dict[str, Any], kind: type[T]) -> T:
+    """Check `raw`, read from `path`, against a struct. Raises CheckpointError naming the field."""
+    try:
+        return msgspec.convert(raw, kind)
+    except msgspec.ValidationError as error:
+        message, _, place = str(error).partition(" - at ")
+        field = place.strip("`").removeprefix("$.")
+        top = field.partition(".")[0].partition("[")[0]
+        value = f" (it is {raw[top]!r})" if top in raw else ""
+        where = f"{field}: " if field else ""
+        raise CheckpointError(f"{path}: {where}{message}{value}.", cure="Correct it, or download it again.") from error
+
+
+class Rope(msgspec.Struct):
+    """`rope_parameters` (transformers 5) or `rope_scaling` (transformers 4)."""
+
+    rope_type: str | None = None
+    type: str | None = None
+    rope_theta: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    partial_rotary_factor: float | None = None
+
+
+class Qwen3Config(msgspec.Struct):
+    """The fields of config.json that matter, with transformers' own defaults where leaving them out is usual."""
+
+    vocab_size: Positive
+    hidden_size: Positive
+    num_hidden_layers: Positive
+    num_attention_heads: Positive
+    intermediate_size: Positive
+    max_position_embeddings: Positive
+    num_key_value_heads: Positive | None = None
+    head_dim: Positive = 128
+    rms_norm_eps: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 1e-6
+    rope_theta: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    rope_parameters: Rope | None = None
+    rope_scaling: Rope | None = None
+    hidden_act: str = "silu"
+    attention_bias: bool = False
+    use_sliding_window: bool = False
+    sliding_window: int | None = None
+    layer_types: list[str] | None = None
+    quantization_config: dict[str, Any] | None = None
+
+
+class Identity(msgspec.Struct):
+    """What config.json says it is, read first: another model's file may lack everything else."""
+
+    model_type: str = ""
+    architectures: list[str] | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    @property
+    def architecture(self) -> str:
+        """The first architecture named; without one, the bare encoder."""
+        return (self.architectures or ["Qwen3Model"])[0]
+
+
+def read_encoder_config(folder: Path) -> tuple[Identity, EncoderConfig]:
+    """Return what config.json says. Raises CheckpointError for what is wrong there or not implemented."""
+    path = folder / CONFIG
+    raw = read_json(path)
+    identity = as_type(path, raw, Identity)
+    if identity.model_type != "qwen3" or identity.architecture not in ("Qwen3Model", "Qwen3ForCausalLM"):
         raise CheckpointError(
-            f"{path} describes {raw.get('model_type')!r} / {architecture(raw)!r}, not a Qwen3 encoder.",
+            f"{path} describes {identity.model_type!r} / {identity.architecture!r}, not a Qwen3 encoder.",
             cure="f2rt converts Qwen3-architecture embedding checkpoints such as F2LLM-v2 and Qwen3-Embedding.",
         )
-
-    def number(name: str, default: int | None = None) -> int:
-        value = raw.get(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise CheckpointError(f"{path}: {name} is {value!r}; it must be a positive integer.", cure="Correct it.")
-        return value
-
-    def refuse(what: str) -> CheckpointError:
-        return CheckpointError(
-            f"{path}: {what}, which f2rt does not implement.",
-            cure="Use a checkpoint without it, or ask for it.",
-        )
-
-    if raw.get("hidden_act", "silu") != "silu":
-        raise refuse(f"hidden_act is {raw['hidden_act']!r}")
-    if raw.get("attention_bias", False):
-        raise refuse("attention_bias is true")
-    if raw.get("use_sliding_window", False):
-        raise refuse(f"use_sliding_window is true (window {raw.get('sliding_window')})")
-    other = sorted(set(raw.get("layer_types") or []) - {"full_attention"})
-    if other:
-        raise refuse(f"layer_types holds {other[0]!r}")
-    hidden, heads = number("hidden_size"), number("num_attention_heads")
+    found = as_type(path, raw, Qwen3Config)
+    _refuse_unimplemented(path, found)
     config = EncoderConfig(
-        vocab_size=number("vocab_size"),
-        hidden_size=hidden,
-        layers=number("num_hidden_layers"),
-        heads=heads,
-        kv_heads=number("num_key_value_heads", heads),
-        head_dim=number("head_dim", hidden // heads),
-        intermediate_size=number("intermediate_size"),
-        max_positions=number("max_position_embeddings"),
-        rope_theta=_rope_theta(path, raw, refuse),
-        rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        vocab_size=found.vocab_size,
+        hidden_size=found.hidden_size,
+        layers=found.num_hidden_layers,
+        heads=found.num_attention_heads,
+        kv_heads=found.num_key_value_heads or found.num_attention_heads,
+        head_dim=found.head_dim,
+        intermediate_size=found.intermediate_size,
+        max_positions=found.max_position_embeddings,
+        rope_theta=_rope_theta(path, found),
+        rms_norm_eps=found.rms_norm_eps,
     )
     if config.heads % config.kv_heads:
         raise CheckpointError(
@@ -133,17 +178,45 @@ def read_encoder_config(path: Path, raw: dict[str, Any]) -> EncoderConfig:
         raise CheckpointError(
             f"{path}: head_dim is {config.head_dim}; rotary embedding needs an even one.", cure="Correct it."
         )
-    return config
+    if found.layer_types is not None and len(found.layer_types) != config.layers:
+        raise CheckpointError(
+            f"{path}: layer_types has {len(found.layer_types)} entries; num_hidden_layers is {config.layers}.",
+            cure="Make them agree.",
+        )
+    return identity, config
 
 
-def _rope_theta(path: Path, raw: dict[str, Any], refuse: Callable[[str], CheckpointError]) -> float:
-    """Read RoPE's base from transformers 5's `rope_parameters` or 4's `rope_theta`; both must agree."""
-    parameters = raw.get("rope_parameters") or {}
-    for name, scaling in (("rope_parameters", parameters), ("rope_scaling", raw.get("rope_scaling") or {})):
-        kind = scaling.get("rope_type", scaling.get("type", "default"))
+def _refuse_unimplemented(path: Path, config: Qwen3Config) -> None:
+    """Refuse every variation of the architecture that would silently give other vectors."""
+    reasons = []
+    if config.hidden_act != "silu":
+        reasons.append(f"hidden_act is {config.hidden_act!r}")
+    if config.attention_bias:
+        reasons.append("attention_bias is true")
+    if config.use_sliding_window:
+        reasons.append(f"use_sliding_window is true (window {config.sliding_window})")
+    other = sorted(set(config.layer_types or []) - {"full_attention"})
+    if other:
+        reasons.append(f"layer_types holds {other[0]!r}")
+    if config.quantization_config is not None:
+        reasons.append("the weights are quantized (quantization_config)")
+    for name, rope in (("rope_parameters", config.rope_parameters), ("rope_scaling", config.rope_scaling)):
+        kind = (rope.rope_type or rope.type or "default") if rope else "default"
         if kind != "default":
-            raise refuse(f"{name} asks for {kind!r} scaling")
-    values = {float(v) for v in (raw.get("rope_theta"), parameters.get("rope_theta")) if v is not None}
+            reasons.append(f"{name} asks for {kind!r} scaling")
+        if rope and rope.partial_rotary_factor not in (None, 1.0):
+            reasons.append(f"{name} has partial_rotary_factor {rope.partial_rotary_factor}")
+    if reasons:
+        raise CheckpointError(
+            f"{path}: {'; '.join(reasons)}, which f2rt does not implement.",
+            cure="Use a checkpoint without it, or ask for it.",
+        )
+
+
+def _rope_theta(path: Path, config: Qwen3Config) -> float:
+    """Read RoPE's base from transformers 5's `rope_parameters` or 4's `rope_theta`; both must agree."""
+    parameters = config.rope_parameters
+    values = {v for v in (config.rope_theta, parameters.rope_theta if parameters else None) if v is not None}
     if len(values) != 1:
         found = " and ".join(map(str, sorted(values))) or "no value"
         raise CheckpointError(

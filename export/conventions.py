@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
+import msgspec
 from tokenizers import Tokenizer
 
-from export.config import CONFIG, EncoderConfig, read_json
+from export.config import CONFIG, EncoderConfig, Identity, read_json, read_typed
 from runtime.errors import CheckpointError
 
 MODULES = "modules.json"
@@ -66,19 +67,58 @@ def check_modules(folder: Path, config: EncoderConfig, notices: list[str]) -> No
         )
 
 
-def _token_text(value: Any) -> str | None:
-    return value.get("content") if isinstance(value, dict) else value
+class SpecialToken(msgspec.Struct):
+    """A special token as an object."""
+
+    content: str
+
+
+class TokenizerConfig(msgspec.Struct):
+    """The fields of tokenizer_config.json that matter."""
+
+    eos_token: str | SpecialToken | None = None
+    pad_token: str | SpecialToken | None = None
+    padding_side: str = "right"
+    model_max_length: float | None = None
+
+
+class SentenceLimits(msgspec.Struct):
+    """sentence_bert_config.json."""
+
+    max_seq_length: Annotated[int, msgspec.Meta(ge=2)] | None = None
+    do_lower_case: bool = False
+
+
+class SentenceConfig(msgspec.Struct):
+    """config_sentence_transformers.json."""
+
+    prompts: dict[str, str] = {}
+    default_prompt_name: str | None = None
+
+
+def read_tokenizer_config(folder: Path) -> TokenizerConfig:
+    """Return tokenizer_config.json, empty when there is none. Raises CheckpointError."""
+    return read_typed(folder / TOKENIZER_CONFIG, TokenizerConfig, required=False)
 
 
 def check_tokenizer(
-    folder: Path,
-    raw: dict[str, Any],
-    tokenizer_config: dict[str, Any],
-    config: EncoderConfig,
-    notices: list[str],
+    folder: Path, identity: Identity, declared: TokenizerConfig, config: EncoderConfig, notices: list[str]
 ) -> tuple[int, int]:
     """Return the EOS id the post-processor appends and the pad id. Raises CheckpointError."""
-    path = folder / TOKENIZER
+    tokenizer = _open_tokenizer(folder / TOKENIZER, config)
+    eos_id = _appended_eos(folder / TOKENIZER, tokenizer, identity, _text(declared.eos_token))
+    if declared.padding_side == "left":
+        notices.append("the tokenizer pads on the left; f2rt pads on the right, where causal attention never looks")
+    pad_text = _text(declared.pad_token)
+    pad_id = identity.pad_token_id if pad_text is None else tokenizer.token_to_id(pad_text)
+    return eos_id, pad_id if pad_id is not None and 0 <= pad_id < config.vocab_size else eos_id
+
+
+def _text(token: str | SpecialToken | None) -> str | None:
+    return token.content if isinstance(token, SpecialToken) else token
+
+
+def _open_tokenizer(path: Path, config: EncoderConfig) -> Tokenizer:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing.", cure="Save the tokenizer in its fast form (tokenizer.json).")
     try:
@@ -87,64 +127,70 @@ def check_tokenizer(
         raise CheckpointError(f"{path} cannot be read: {error}.", cure="Copy it again from its source.") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    size = tokenizer.get_vocab_size()
+    size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
     if size > config.vocab_size:
         raise CheckpointError(
             f"{path} has {size} tokens; vocab_size in {CONFIG} is {config.vocab_size}, the rows of the token table.",
             cure="Tokenizer and weights do not belong together.",
         )
-    declared_ids = raw.get("eos_token_id")
-    declared = set(declared_ids if isinstance(declared_ids, list) else [declared_ids]) - {None}
-    eos_text = _token_text(tokenizer_config.get("eos_token"))
+    return tokenizer
+
+
+def _appended_eos(path: Path, tokenizer: Tokenizer, identity: Identity, eos_text: str | None) -> int:
+    """Return the one token the post-processor appends; it must be one the checkpoint declares as EOS."""
+    ids = identity.eos_token_id if isinstance(identity.eos_token_id, list) else [identity.eos_token_id]
+    declared = {f"{i} {tokenizer.id_to_token(i)!r}": i for i in ids if i is not None}
     if eos_text is not None:
-        declared.add(tokenizer.token_to_id(eos_text))
+        declared[repr(eos_text)] = tokenizer.get_vocab().get(eos_text, -1)
     bare, full = tokenizer.encode("a", add_special_tokens=False).ids, tokenizer.encode("a").ids
     if full == bare:
         raise CheckpointError(
             f"{path}: the post-processor appends no EOS. Without it the vector is taken at the last word, and "
             "retrieval is ruined.",
-            cure=f"Add a TemplateProcessing post-processor that appends {eos_text or declared or 'the EOS token'}.",
+            cure=f"Add a TemplateProcessing post-processor that appends {eos_text or 'the EOS token'}.",
         )
     if full[: len(bare)] != bare or len(full) != len(bare) + 1:
         raise CheckpointError(
             f"{path}: the post-processor turns {bare} into {full}; exactly one EOS at the end is expected.",
             cure="Correct the post-processor.",
         )
-    eos_id = full[-1]
-    if declared and eos_id not in declared:
-        names = ", ".join(f"{i} {tokenizer.id_to_token(i)!r}" for i in sorted(i for i in declared if i is not None))
+    eos_id: int = full[-1]
+    if declared and eos_id not in declared.values():
         raise CheckpointError(
             f"{path}: the post-processor appends {eos_id} {tokenizer.id_to_token(eos_id)!r}, but {CONFIG} and "
-            f"{TOKENIZER_CONFIG} declare {names} as EOS.",
+            f"{TOKENIZER_CONFIG} declare {', '.join(declared)} as EOS.",
             cure="Make them agree: a vector taken at a token the model was not trained on is wrong.",
         )
-    if tokenizer_config.get("padding_side") == "left":
-        notices.append("the tokenizer pads on the left; f2rt pads on the right, where causal attention never looks")
-    pad_text = _token_text(tokenizer_config.get("pad_token"))
-    pad_id = tokenizer.token_to_id(pad_text) if pad_text is not None else raw.get("pad_token_id")
-    return eos_id, pad_id if isinstance(pad_id, int) and 0 <= pad_id < config.vocab_size else eos_id
+    return eos_id
 
 
 def read_prompts(folder: Path) -> tuple[dict[str, str], str | None]:
     """Return the prompts by name and the default's name. Raises CheckpointError for malformed ones."""
     path = folder / ST_CONFIG
-    raw = read_json(path, required=False)
-    prompts = raw.get("prompts", {})
-    if not isinstance(prompts, dict) or not all(isinstance(v, str) for v in prompts.values()):
-        bad = prompts if not isinstance(prompts, dict) else {k: v for k, v in prompts.items() if not isinstance(v, str)}
-        raise CheckpointError(f"{path}: prompts must map names to texts, and is or holds {bad!r}.", cure="Correct it.")
-    default = raw.get("default_prompt_name")
-    if default is not None and default not in prompts:
+    found = read_typed(path, SentenceConfig, required=False)
+    for name, text in found.prompts.items():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise CheckpointError(f"{path}: the prompt {name!r} is not valid Unicode.", cure="Correct it.") from error
+    default = found.default_prompt_name
+    if default is not None and default not in found.prompts:
         raise CheckpointError(
-            f"{path}: default_prompt_name is {default!r}; prompts has {', '.join(sorted(prompts)) or 'none'}.",
+            f"{path}: default_prompt_name is {default!r}; prompts has {', '.join(sorted(found.prompts)) or 'none'}.",
             cure="Name one of them, or null.",
         )
-    return prompts, default
+    return found.prompts, default
 
 
-def max_tokens(folder: Path, config: EncoderConfig, tokenizer_config: dict[str, Any]) -> int:
+def max_tokens(folder: Path, config: EncoderConfig, declared: TokenizerConfig) -> int:
     """Return the smallest declared limit: max_seq_length, the tokenizer's model_max_length, or the positions."""
-    limits = [config.max_positions, tokenizer_config.get("model_max_length")]
-    limits.append(read_json(folder / ST_LIMITS, required=False).get("max_seq_length"))
+    path = folder / ST_LIMITS
+    limits = read_typed(path, SentenceLimits, required=False)
+    if limits.do_lower_case:
+        raise CheckpointError(
+            f"{path}: do_lower_case is true, which f2rt does not implement.",
+            cure="Set it to false if the model was trained on text as it stands; Qwen3 models are.",
+        )
     # transformers writes 1e30 for "no limit".
-    return min(int(n) for n in limits if isinstance(n, int | float) and 2 <= n < 1e9)
+    lengths = [config.max_positions, limits.max_seq_length, declared.model_max_length]
+    return int(min(n for n in lengths if n is not None and n >= 2))

@@ -9,7 +9,7 @@ from pathlib import Path
 from runtime.errors import CheckpointError, missing_extra
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_WANTED = ["*.json", "*.safetensors", "README.md", "1_Pooling/*"]
+_WANTED = ["*.json", "*.safetensors", "README.md", "*_Pooling/*"]
 _REVISION = re.compile(r"[0-9a-f]{40}")
 
 

@@ -42,7 +42,13 @@ class Weights:
         self._tensors: dict[str, TensorInfo] = {}
         for file, keys in self.files.items():
             for info in _read_header(file, keys):
-                self._tensors[info.key.removeprefix("model.")] = info
+                name = info.key.removeprefix("model.")
+                if name in self._tensors:
+                    raise CheckpointError(
+                        f"{file} holds {info.key}, and {self._tensors[name].key} stands in {self._tensors[name].file}.",
+                        cure="Keep one of the two: with and without `model.` they mean the same tensor.",
+                    )
+                self._tensors[name] = info
 
     def names(self) -> list[str]:
         """Return all bare names."""

@@ -72,12 +72,22 @@ class Embedder:
     def tokenize(self, texts: Sequence[str], instruction: Instruction, truncate: Truncate) -> list[TokenizedText]:
         """Tokenize after checking the limits on items and characters. Raises InputError, NotFoundError."""
         self._check_count(len(texts))
-        for index, text in enumerate(texts):
-            if len(text) > self.limits.max_text_chars:
+        prompt_chars = len(self.loaded.tokenizer.prompt_text(instruction))
+        parts = [("the prompt", prompt_chars), *((f"text {i}", len(text)) for i, text in enumerate(texts))]
+        for what, chars in parts:
+            if chars > self.limits.max_text_chars:
                 raise InputError(
-                    f"text {index} has {len(text)} characters; the limit is {self.limits.max_text_chars}.",
+                    f"{what} has {chars} characters; the limit is {self.limits.max_text_chars}.",
                     cure="Split it, or raise max_text_chars on the server.",
                 )
+        # The prompt stands before every text, so a short request with a long prompt is a long request.
+        total = sum(map(len, texts)) + prompt_chars * len(texts)
+        if total > self.limits.max_request_chars:
+            raise InputError(
+                f"the request has {total} characters, {prompt_chars} of them in the prompt of each of {len(texts)} "
+                f"texts; the limit is {self.limits.max_request_chars}.",
+                cure="Split the request, or shorten the prompt.",
+            )
         return self._check_tokens(self.loaded.tokenizer.encode(texts, instruction, truncate))
 
     def verbatim(self, sequences: Sequence[Sequence[int]]) -> list[TokenizedText]:
@@ -88,12 +98,22 @@ class Embedder:
     def infer(self, items: Sequence[TokenizedText]) -> NDArray[np.float32]:
         """Run the engine; float32 [items, dim], unit length, in the order of `items`. Raises EngineError."""
         vectors = np.empty((len(items), self.contract.dim), np.float32)
-        for rows in plan([len(item.ids) for item in items], self.limits):
-            batch = make_batch([items[row].ids for row in rows], self.contract.pad_id)
-            with self._lock:
-                vectors[rows] = self.loaded.engine.run(batch)
-        if not np.isfinite(vectors).all():
-            row = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
+        for rows in self.plan(items):
+            vectors[rows] = self.infer_rows(items, rows)
+        return vectors
+
+    def plan(self, items: Sequence[TokenizedText]) -> list[list[int]]:
+        """Return which items share a batch, as indices."""
+        return plan([len(item.ids) for item in items], self.limits)
+
+    def infer_rows(self, items: Sequence[TokenizedText], rows: Sequence[int]) -> NDArray[np.float32]:
+        """Run one batch, the items at `rows`; float32 [rows, dim]. Raises EngineError."""
+        batch = make_batch([items[row].ids for row in rows], self.contract.pad_id)
+        with self._lock:
+            vectors = self.loaded.engine.run(batch)
+        bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+        if len(bad):
+            row = rows[int(bad[0])]
             raise EngineError(
                 f"{self.loaded.engine.name} gave a vector that is not finite for item {row} "
                 f"({len(items[row].ids)} tokens).",

@@ -15,6 +15,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from runtime.errors import OutputError
 _CHUNK_BYTES = 4 << 20
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
+_PART = ".part"
+_STALE_S = 3600.0
 
 
 def sha256_file(path: Path) -> str:
@@ -63,7 +66,8 @@ def write_atomic(path: Path, data: bytes) -> None:
     """Write `data` to `path` so that the path holds the old bytes or all the new ones. Raises OutputError."""
     with explain_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        _remove_stale_parts(path)
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_PART)
         try:
             with os.fdopen(descriptor, "wb") as file:
                 file.write(data)
@@ -74,6 +78,14 @@ def write_atomic(path: Path, data: bytes) -> None:
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
+
+
+def _remove_stale_parts(path: Path) -> None:
+    """Remove what writers killed long ago left beside `path`."""
+    for part in path.parent.glob(f".{path.name}.*{_PART}"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - part.stat().st_mtime > _STALE_S:
+                part.unlink()
 
 
 @contextlib.contextmanager
@@ -115,7 +127,12 @@ def _locked_folder(target: Path) -> tuple[Path, int]:
 
 
 def _remove_leftovers(target: Path) -> None:
-    """Remove staging folders whose owner is gone."""
+    """Remove staging folders whose owner is gone; put back an old folder that a dead owner had moved aside."""
+    if _aside(target).exists():
+        if target.exists():
+            shutil.rmtree(_aside(target), ignore_errors=True)
+        else:
+            _aside(target).rename(target)
     for staging in target.parent.glob(f".{target.name}.staging-*"):
         try:
             lock = os.open(staging, os.O_RDONLY)
@@ -142,8 +159,9 @@ def _put_in_place(staging: Path, target: Path) -> None:
         code = ctypes.get_errno()
         if code not in (errno.EINVAL, errno.ENOSYS):
             raise OSError(code, os.strerror(code), str(target))
-    # A file system without an exchange: two renames, with the old folder kept until the new one stands.
-    aside = staging.parent / f"{staging.name}.old"
+    # A file system without an exchange: two renames. Between them the old folder stands under a name of its own, and
+    # the next call puts it back if the process died there.
+    aside = _aside(target)
     target.rename(aside)
     try:
         staging.rename(target)
@@ -151,6 +169,10 @@ def _put_in_place(staging: Path, target: Path) -> None:
         aside.rename(target)
         raise
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def _aside(target: Path) -> Path:
+    return target.parent / f".{target.name}.old"
 
 
 def _sync_folders(path: Path) -> None:

@@ -8,7 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from runtime import golden
-from runtime.bundle import Bundle, EngineRecord, GraphRecord, check_hash
+from runtime.bundle import (
+    Bundle,
+    EngineRecord,
+    GraphRecord,
+    check_hash,
+    content_fingerprint,
+    engine_fingerprint,
+)
 from runtime.engines import Engine
 from runtime.errors import EngineError, InputError, UnverifiedError
 from runtime.settings import EngineSettings
@@ -67,6 +74,21 @@ def problem_with(record: EngineRecord) -> str | None:
     return None
 
 
+def check_fingerprint(bundle: Bundle, record: EngineRecord) -> None:
+    """Recompute the engine's fingerprint from what it stands for. Raises UnverifiedError when they differ.
+
+    A verdict is bound to a fingerprint, so parts exchanged behind it must not keep it.
+    """
+    manifest = bundle.manifest
+    content = content_fingerprint(manifest.contract, manifest.tokenizer, manifest.source)
+    expected = engine_fingerprint(content, bundle.graph(record.precision), record.backend, record.sha256)
+    if (content, expected) != (manifest.fingerprint, record.fingerprint):
+        raise UnverifiedError(
+            f"the fingerprint of {record.name} in {bundle.folder} is {record.fingerprint}; its parts give {expected}.",
+            cure="The manifest was edited or its parts exchanged. Export the checkpoint again.",
+        )
+
+
 def _require_pass(bundle: Bundle, record: EngineRecord) -> None:
     problem = problem_with(record)
     if problem:
@@ -104,6 +126,7 @@ def load_engine(bundle: Bundle, name: str = "auto", settings: EngineSettings = E
     graph: GraphRecord = bundle.graph(record.precision)
     for file in (bundle.manifest.tokenizer, graph.model, graph.data):
         check_hash(bundle, file)
+    check_fingerprint(bundle, record)
     tokenizer = TextTokenizer(bundle.path(bundle.manifest.tokenizer.file), bundle.manifest.contract)
     expected = golden.load(bundle)
     golden.check_tokenizer(tokenizer, expected)

@@ -27,6 +27,7 @@ log = logging.getLogger("f2rt.server")
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+_FLUSH_S = 0.2  # for the last bytes of what was answered
 
 
 class GrpcServer:
@@ -71,12 +72,11 @@ class GrpcServer:
         self.service.draining = True
         for name in self._names:
             await self._health.set(name, _NOT_SERVING)
-        stopped = asyncio.ensure_future(self._server.stop(self.settings.drain_s))
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self.service.idle(), self.settings.drain_s)
-        # What is still open now is over its time, or a stream that never ends by itself, such as a health Watch.
-        await self._server.stop(0)
-        await stopped
+        # What is still open now is over its time, or a stream that never ends by itself, such as a health Watch. Until
+        # here the port stays open: refusals and NOT_SERVING reach their clients. Never stop twice: grpc.aio crashes.
+        await self._server.stop(_FLUSH_S)
         await asyncio.get_running_loop().run_in_executor(None, self.service.close)
 
 

@@ -24,11 +24,12 @@ from runtime._pb.f2rt.v1 import embedding_pb2_grpc as pb_grpc
 from runtime.embedder import Embedder, finish
 from runtime.encoding import OutputDType, encode
 from runtime.errors import DeadlineError, F2rtError, InputError, OverloadedError, UnavailableError, status_of
-from runtime.scheduler import plan
 from runtime.settings import ServeSettings
 from runtime.tokenizer import Instruction, TokenizedText, Truncate
 
 log = logging.getLogger("f2rt.service")
+
+_PACKED_IN_LOOP = 1 << 16  # values
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["EmbeddingService"].full_name
 _TRUNCATE = {
@@ -129,7 +130,9 @@ class EmbeddingService(pb_grpc.EmbeddingServiceServicer):
             finished = finish(vectors, dimensions, normalize)
             return finished.shape[1], *encode(finished, dtype)
 
-        dim, data, scales = await _run(self._tokenizer_threads, pack)
+        # A thread costs more than a small response, and a large one would hold up the event loop.
+        small = vectors.size <= _PACKED_IN_LOOP
+        dim, data, scales = pack() if small else await _run(self._tokenizer_threads, pack)
         total_ms = 1e3 * (time.perf_counter() - start)
         if request.request_id:
             log.info("request %s: %d items in %.1f ms", _logged(request), len(items), total_ms)
@@ -156,13 +159,13 @@ class EmbeddingService(pb_grpc.EmbeddingServiceServicer):
         vectors = np.empty((len(items), embedder.contract.dim), np.float32)
         infer_s = 0.0
 
-        def run(part: list[TokenizedText]) -> tuple[NDArray[np.float32], float]:
+        def run(rows: list[int]) -> tuple[NDArray[np.float32], float]:
             began = time.perf_counter()
-            return embedder.infer(part), time.perf_counter() - began
+            return embedder.infer_rows(items, rows), time.perf_counter() - began
 
         loop = asyncio.get_running_loop()
-        for rows in plan([len(item.ids) for item in items], embedder.limits):
-            vectors[rows], took_s = await loop.run_in_executor(self._engine_thread, run, [items[row] for row in rows])
+        for rows in embedder.plan(items):
+            vectors[rows], took_s = await loop.run_in_executor(self._engine_thread, run, rows)
             infer_s += took_s
         return vectors, infer_s
 
@@ -233,14 +236,6 @@ class EmbeddingService(pb_grpc.EmbeddingServiceServicer):
         wanted = self._settings.truncate if not source.truncate else _TRUNCATE.get(source.truncate)
         if wanted is None:
             raise InputError(f"there is no truncate mode {source.truncate}.", cure="Use one of the Truncate enum.")
-        # A prompt is sent once and repeated for every text: the limit on a message does not bound it.
-        prompt_chars = len(source.prompt)
-        longest = min(limits.max_text_chars, self._settings.max_message_bytes // max(1, len(texts)))
-        if prompt_chars > longest:
-            raise InputError(
-                f"the prompt has {prompt_chars} characters; the limit for {len(texts)} texts is {longest}.",
-                cure="Shorten the prompt, or split the request.",
-            )
         instruction = Instruction(
             prompt_name=source.prompt_name if chosen == "prompt_name" else None,
             prompt=source.prompt if chosen == "prompt" else None,

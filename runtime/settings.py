@@ -28,12 +28,13 @@ class EngineSettings:
 class Limits:
     """What one request and one batch may hold.
 
-    `max_batch_tokens` counts padded tokens (rows x width), the cost of a batch; `max_text_chars` bounds tokenization
-    before it starts.
+    `max_batch_tokens` counts padded tokens (rows x width), the cost of a batch; `max_text_chars` (one text) and
+    `max_request_chars` (all texts of a request with their prompts) bound tokenization before it starts.
     """
 
     max_items: int = 2048
     max_text_chars: int = 1_000_000
+    max_request_chars: int = 8_000_000
     max_request_tokens: int = 300_000
     max_batch_tokens: int = 16_384
     max_batch_rows: int = 256
@@ -42,6 +43,7 @@ class Limits:
         for name in (
             "max_items",
             "max_text_chars",
+            "max_request_chars",
             "max_request_tokens",
             "max_batch_tokens",
             "max_batch_rows",

@@ -74,7 +74,8 @@ class TextTokenizer:
             if instruction.prompt_name is not None:
                 raise InputError("prompt and prompt_name were both given.", cure="Give one of them.")
             return instruction.prompt
-        name = instruction.prompt_name or contract.default_prompt_name
+        named = instruction.prompt_name
+        name = contract.default_prompt_name if named is None else named
         if name is None:
             return ""
         if name not in contract.prompts:

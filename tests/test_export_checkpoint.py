@@ -264,7 +264,7 @@ REFUSED = [
         id="heads-no-multiple-of-kv-heads",
     ),
     pytest.param(config(head_dim=127), ["config.json", "head_dim", "127", "even"], id="odd-head-dim"),
-    pytest.param(no_heads, ["config.json", "num_attention_heads", "None"], id="number-missing"),
+    pytest.param(no_heads, ["config.json", "num_attention_heads", "missing"], id="number-missing"),
     pytest.param(config(hidden_size="256"), ["config.json", "hidden_size", "'256'"], id="number-is-text"),
     pytest.param(config(num_hidden_layers=0), ["config.json", "num_hidden_layers", "0"], id="number-not-positive"),
     pytest.param(config(vocab_size=True), ["config.json", "vocab_size", "True"], id="number-is-a-bool"),
@@ -324,6 +324,29 @@ REFUSED = [
         id="tokenizer-larger-than-table",
     ),
     # prompts
+    pytest.param(config(num_hidden_layers=3), ["layer_types has 4", "num_hidden_layers is 3"], id="layer-types-count"),
+    pytest.param(config(quantization_config={"bits": 4}), ["config.json", "quantization_config"], id="quantized"),
+    pytest.param(config(rope_theta=-1.0), ["config.json", "rope_theta", "-1"], id="rope-theta-negative"),
+    pytest.param(config(rms_norm_eps="x"), ["config.json", "rms_norm_eps", "'x'"], id="eps-is-text"),
+    pytest.param(config(rope_scaling="yarn"), ["config.json", "rope_scaling", "'yarn'"], id="rope-scaling-is-text"),
+    pytest.param(config(architectures={"a": 1}), ["config.json", "architectures"], id="architectures-not-a-list"),
+    pytest.param(config(eos_token_id=[[1]]), ["config.json", "eos_token_id"], id="eos-id-nested"),
+    pytest.param(
+        config(rope_parameters={"rope_theta": 1e6, "partial_rotary_factor": 0.5}),
+        ["rope_parameters", "partial_rotary_factor 0.5"],
+        id="partial-rotary",
+    ),
+    pytest.param(sets("tokenizer_config.json", eos_token=["x"]), ["tokenizer_config.json", "eos_token"], id="eos-list"),
+    pytest.param(
+        sets("sentence_bert_config.json", do_lower_case=True),
+        ["sentence_bert_config.json", "do_lower_case"],
+        id="lower-case",
+    ),
+    pytest.param(
+        sets("sentence_bert_config.json", max_seq_length="long"),
+        ["sentence_bert_config.json", "max_seq_length", "'long'"],
+        id="length-is-text",
+    ),
     pytest.param(sets(PROMPTS, prompts=["Query: "]), [PROMPTS, "prompts", "['Query: ']"], id="prompts-are-a-list"),
     pytest.param(
         sets(PROMPTS, prompts={"query": "Query: ", "document": None}),
@@ -362,9 +385,15 @@ REFUSED = [
     pytest.param(
         without("layers.3.mlp.down_proj.weight"), ["layers.3.mlp.down_proj.weight", "1 of 46"], id="tensor-missing"
     ),
-    pytest.param(config(num_hidden_layers=5), ["layers.4.", "num_hidden_layers (5)"], id="layer-missing"),
+    pytest.param(
+        config(num_hidden_layers=5, layer_types=None), ["layers.4.", "num_hidden_layers (5)"], id="layer-missing"
+    ),
     pytest.param(weights(tied_only), ["lm_head.weight", "embed_tokens.weight", "tied"], id="tied-weights-missing"),
-    pytest.param(config(num_hidden_layers=3), ["11 tensors", "layers.3.", "num_hidden_layers"], id="extra-layers"),
+    pytest.param(
+        config(num_hidden_layers=3, layer_types=None),
+        ["11 tensors", "layers.3.", "num_hidden_layers"],
+        id="extra-layers",
+    ),
     pytest.param(
         added("layers.0.self_attn.q_proj.lora_A.weight", np.zeros((4, 256), np.float32)),
         ["layers.0.self_attn.q_proj.lora_A.weight", "adapters"],

@@ -50,12 +50,13 @@ def failed(*arguments: str, **options: Any) -> str:
     assert done.stdout == b""
     assert "Traceback" not in text, text
     assert text.startswith("error: "), text
-    assert "\n  cure: " in text, text
+    if "--server" not in arguments:  # what a server says is one sentence after the other
+        assert "\n  cure: " in text, text
     return text
 
 
 def parsed(output: bytes) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in output.decode().splitlines()]
+    return [json.loads(line) for line in output.splitlines()]  # bytes: only line feeds end a line
 
 
 def vectors(lines: Sequence[dict[str, Any]]) -> np.ndarray:
@@ -107,6 +108,7 @@ def test_what_embed_refuses_on_a_server(server: ServerProcess) -> None:
     assert "no text" in failed("embed", "--server", "", stdin=b"")
     assert "not UTF-8 at byte 3" in failed("embed", *remote, stdin=b"abc\xff\n")
     assert "no prompt 'nope'; this model has: document, query" in failed("embed", *remote, "a", "--prompt", "nope")
+    assert "Choose one of these" in failed("embed", *remote, "a", "--prompt", "nope")
     assert "1 to 256" in failed("embed", *remote, "a", "--dim", "257")
     assert "both" in failed("embed", *remote, "a", "--prompt", "query", "--instruction", "x")
     assert "cannot be sent" in failed("embed", *remote, "\udcff")
@@ -121,9 +123,7 @@ def test_what_embed_refuses_here(bundle: Bundle, tmp_path: Path) -> None:
     assert "no format 'xml'" in failed("embed", folder, "a", "--format", "xml")
     assert "is not there" in failed("embed", str(tmp_path / "nowhere"), "a")
     assert "no prompt 'nope'" in failed("embed", folder, "a", "--prompt", "nope")
-    assert "at least 1" in failed("embed", folder, "a", "--dim", "0") or "1 to 256" in failed(
-        "embed", folder, "a", "--dim", "0"
-    )
+    assert "1 to 256" in failed("embed", folder, "a", "--dim", "0")
     assert "has no engine 'x:y'" in failed("embed", folder, "a", "--engine", "x:y")
     assert "surrogate" in failed("embed", folder, "\udcff")
 

@@ -33,7 +33,7 @@ import runtime
 from runtime._pb.f2rt.v1 import embedding_pb2 as pb
 from runtime._pb.f2rt.v1 import embedding_pb2_grpc as pb_grpc
 from runtime.batch import Batch
-from runtime.bundle import MANIFEST, Bundle
+from runtime.bundle import MANIFEST, Bundle, write_manifest
 from runtime.client import EmbeddingClient
 from runtime.embedder import Embedder, open_embedder
 from runtime.encoding import OutputDType, decode, encode
@@ -50,6 +50,7 @@ from runtime.server import GrpcServer, _is_loopback
 from runtime.service import SERVICE_NAME
 from runtime.settings import EngineSettings, Limits, ServeSettings
 from runtime.tokenizer import Truncate
+from tests.bundles import forge_fingerprint
 from tests.serving import START_S, ServerProcess, child_python, f2rt
 
 EMBED = f"/{SERVICE_NAME}/Embed"
@@ -65,7 +66,7 @@ TEXTS = [
     "  \t\n",
     "emoji 👩‍🔬 and NUL \x00 inside",
     "Where is the library?",  # a duplicate
-    "The quick brown fox jumps over the lazy dog. " * 30,
+    "The quick brown fox jumps over the lazy dog. " * 6,
 ]
 BIG = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
 
@@ -177,7 +178,8 @@ def test_prompt_by_name_in_words_and_by_default(client: EmbeddingClient, embedde
 def test_the_checkpoints_default_prompt_is_applied(bundle_copy: Bundle, embedder: Embedder) -> None:
     """A server whose contract names a default prompt uses it when the request names none."""
     contract = replace(bundle_copy.manifest.contract, default_prompt_name="query")
-    changed = Bundle(bundle_copy.folder, replace(bundle_copy.manifest, contract=contract))
+    write_manifest(bundle_copy.folder, replace(bundle_copy.manifest, contract=contract))
+    changed = forge_fingerprint(bundle_copy)
 
     async def body() -> None:
         async with in_process(open_embedder(changed)) as (_, stub):
@@ -483,14 +485,14 @@ WRONG: dict[str, tuple[pb.EmbedRequest, grpc.StatusCode, str, str]] = {
     "prompt times texts": (
         pb.EmbedRequest(input=pb.EmbedInput(texts=["a"] * 2048, prompt="p" * 500_000)),
         INVALID,
-        "the prompt has 500000 characters; the limit for 2048 texts is 32768",
-        "Shorten the prompt",
+        "the request has 1024002048 characters, 500000 of them in the prompt of each of 2048 texts",
+        "shorten the prompt",
     ),
     "prompt of a million": (
         pb.EmbedRequest(input=pb.EmbedInput(texts=["a"], prompt="p" * 1_000_001)),
         INVALID,
         "the prompt has 1000001 characters",
-        "Shorten the prompt",
+        "Split it",
     ),
     "dimensions": (
         pb.EmbedRequest(input=ONE, dimensions=257),
@@ -581,11 +583,12 @@ def test_an_unknown_method(channel: grpc.Channel, method: str) -> None:
 
 
 @pytest.mark.usefixtures("survives")
-def test_a_deadline_of_nothing(client: EmbeddingClient, stub: Any) -> None:
-    error = failure(lambda: stub.Embed(pb.EmbedRequest(input=ONE), timeout=1e-6))
+def test_a_deadline_that_cannot_be_met(client: EmbeddingClient, stub: Any) -> None:
+    work = ["more than a moment of work " * 30] * 500
+    error = failure(lambda: stub.Embed(pb.EmbedRequest(input=pb.EmbedInput(texts=work)), timeout=0.01))
     assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     with pytest.raises(DeadlineError):
-        client.embed(["a"], timeout_s=0)
+        client.embed(work, timeout_s=0.01)
 
 
 @pytest.mark.usefixtures("survives")
@@ -888,14 +891,17 @@ def test_faults_in_the_engine_thread(embedder: Embedder, caplog: pytest.LogCaptu
 
 
 def test_the_event_loop_is_never_blocked(bundle: Bundle, caplog: pytest.LogCaptureFixture) -> None:
-    """The largest requests of each kind, in asyncio's debug mode: no callback takes 100 ms."""
+    """The largest requests of each kind, in asyncio's debug mode: no callback takes 100 ms.
+
+    A blocking call shows in every attempt, a busy machine does not.
+    """
 
     def traffic(address: str) -> None:
         with EmbeddingClient(address) as client:
             client.wait_ready(START_S)
             client.embed([f"text {i}" for i in range(2048)], dimensions=200, dtype=OutputDType.INT8)
             client.explain(token_ids=rows_of_ids(300, 1000))
-            for wrong in ({"token_ids": rows_of_ids(1, 4_000_000)}, {"texts": ["a"] * 2_000_000}):
+            for wrong in ({"token_ids": rows_of_ids(1, 1_000_000)}, {"texts": ["a"] * 500_000}):
                 with pytest.raises(InputError):
                     client.embed(**wrong)  # type: ignore[arg-type]
             client.info()
@@ -909,10 +915,13 @@ def test_the_event_loop_is_never_blocked(bundle: Bundle, caplog: pytest.LogCaptu
         await asyncio.to_thread(traffic, address)
         await server.stop()
 
+    attempts: list[list[str]] = []
     with caplog.at_level(logging.WARNING, "asyncio"):
-        asyncio.run(body(), debug=True)
-    slow = [r.getMessage() for r in caplog.records if r.name == "asyncio" and " took " in r.getMessage()]
-    assert not slow, "\n".join(slow)
+        while len(attempts) < 3 and all(attempts):
+            asyncio.run(body(), debug=True)
+            records = [r for r in caplog.records if r.name == "asyncio" and " took " in r.getMessage()]
+            attempts.append([r.getMessage() for r in records])
+    assert not all(attempts), "\n".join(attempts[-1])
 
 
 def test_what_outlives_the_drain_is_cut_off_after_its_batch(embedder: Embedder) -> None:
@@ -946,10 +955,14 @@ def test_sigterm_finishes_what_was_admitted_and_refuses_the_rest(bundle: Bundle,
             server.process.send_signal(signal.SIGTERM)
             assert next(watch).status == NOT_SERVING
             assert not long.done()
-            with pytest.raises(UnavailableError):
-                client.embed(["too late"], timeout_s=5)
-            with server.client() as late, pytest.raises(UnavailableError):
-                late.embed(["too late"], timeout_s=5)
+            with pytest.raises(UnavailableError, match="shutting down"):
+                client.embed(["too late"])
+            with server.client() as late:
+                for refused_call in (late.embed, late.explain):
+                    with pytest.raises(UnavailableError, match=r"shutting down\. Ask another replica\."):
+                        refused_call(["too late"])
+                assert not late.ready()
+                assert not long.done()
             assert np.array_equal(long.result(START_S).vectors, embedder.infer(embedder.verbatim(LONG)))
             assert server.wait() == 0
             failure(lambda: next(watch))  # the stream ends with the server
