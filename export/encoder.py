@@ -14,6 +14,11 @@ transcription, both exact:
   that one row per text; keys and values for all. That single query looks at all tokens left of it, which `is_causal`
   cannot say for a query cut out of its sequence: this layer alone takes the attention mask, [batch, 1, 1, sequence].
 
+In the narrow precisions (fp16, bf16) weights and matrix products are narrow; the residual stream, every RMSNorm, the
+rotation and the final normalization stay float32: Qwen3's residual stream reaches tens of thousands, its square does
+not fit float16. Attention is Cast(q, k, v to float32) -> Attention -> Cast, which TensorRT compiles to a narrow kernel
+that accumulates in float32. A `RescalePlan` moves powers of two between neighbours, see `export.rescale`.
+
 Shapes: B batch, S sequence, H heads, K kv heads, D head dim, N hidden.
 """
 
@@ -27,15 +32,27 @@ from numpy.typing import NDArray
 
 from export.config import EncoderConfig
 from export.external_data import DataLayout
+from export.precision import DATA_TYPES, Precision
+from export.rescale import RescalePlan
 
 OPSET = 23
 IR_VERSION = 11
 OUTPUT = "sentence_embedding"  # `embedding` clashes with a name inside the model and makes it invalid
 
 
-def build_encoder(config: EncoderConfig, layout: DataLayout, *, producer_version: str) -> ir.Model:
-    """Return the fp32 graph on `layout`. Inputs int64 [batch, sequence], output float32 [batch, N], unit length."""
-    builder = _Builder(config, layout)
+def build_encoder(
+    config: EncoderConfig,
+    layout: DataLayout,
+    *,
+    producer_version: str,
+    precision: Precision = Precision.FP32,
+    plan: RescalePlan | None = None,
+) -> ir.Model:
+    """Return the graph on `layout`. Inputs int64 [batch, sequence], output float32 [batch, N], unit length.
+
+    With a plan the graph computes the same function from shifted weights, in any precision.
+    """
+    builder = _Builder(config, layout, DATA_TYPES[precision], plan or RescalePlan())
     output = builder.encoder()
     graph = ir.Graph(
         [builder.input_ids, builder.attention_mask],
@@ -62,9 +79,11 @@ def rotary_tables(config: EncoderConfig) -> tuple[NDArray[np.float32], NDArray[n
 class _Builder:
     """The state of one graph under construction."""
 
-    def __init__(self, config: EncoderConfig, layout: DataLayout) -> None:
+    def __init__(self, config: EncoderConfig, layout: DataLayout, narrow: ir.DataType, plan: RescalePlan) -> None:
         self.config = config
         self.layout = layout
+        self.narrow_type = narrow
+        self.plan = plan
         self.shapes = config.weight_shapes()
         self.tape = ir.tape.Tape()
         self.initializers: dict[str, ir.Value] = {}
@@ -73,9 +92,16 @@ class _Builder:
 
     # --- leaves
 
-    def weight(self, name: str, *, transposed: bool = False) -> ir.Value:
-        value = self.layout.weight(name, self.shapes[name], transposed=transposed)
+    def weight(self, name: str, *, transposed: bool = False, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
+        shape, shift = self.shapes[name], self.plan.shift(name)
+        value = self.layout.weight(name, shape, transposed=transposed, dtype=dtype, shift=shift)
         return self.initializers.setdefault(str(value.name), value)
+
+    def float_scalar(self, name: str, number: float) -> ir.Value:
+        """A float32 scalar, kept inside the model file."""
+        tensor = ir.tensor(np.array(number, np.float32), name=name)
+        value = ir.Value(name=name, shape=ir.Shape([]), type=ir.TensorType(ir.DataType.FLOAT), const_value=tensor)
+        return self.initializers.setdefault(name, value)
 
     def ints(self, name: str, values: list[int] | int) -> ir.Value:
         """A small int64 constant, kept inside the model file; equal names share one."""
@@ -94,70 +120,96 @@ class _Builder:
 
     # --- parts
 
-    def norm(self, x: ir.Value, name: str) -> ir.Value:
-        return self.op(
-            "RMSNormalization",
-            name,
-            x,
-            self.weight(f"{name}.weight"),
-            axis=-1,
-            epsilon=self.config.rms_norm_eps,
-        )
+    @property
+    def is_narrow(self) -> bool:
+        return self.narrow_type != ir.DataType.FLOAT
+
+    def narrow(self, x: ir.Value, name: str) -> ir.Value:
+        """Round a float32 value to the graph's narrow type; nothing in an fp32 graph."""
+        return self.op("Cast", f"{name}.narrow", x, to=self.narrow_type) if self.is_narrow else x
+
+    def widen(self, x: ir.Value, name: str) -> ir.Value:
+        """Widen a narrow value to float32; nothing in an fp32 graph."""
+        return self.op("Cast", f"{name}.wide", x, to=ir.DataType.FLOAT) if self.is_narrow else x
+
+    def true(self, x: ir.Value, name: str) -> ir.Value:
+        """Widen the result called `name` and undo the plan's shift of it."""
+        x, exponent = self.widen(x, name), self.plan.exponent(name)
+        if exponent == 0:
+            return x
+        return self.op("Mul", f"{name}.unscale", x, self.float_scalar(f"{name}.scale", 2.0**exponent))
+
+    def norm(self, x: ir.Value, name: str, epsilon: float | None = None) -> ir.Value:
+        epsilon = self.config.rms_norm_eps if epsilon is None else epsilon
+        return self.op("RMSNormalization", name, x, self.weight(f"{name}.weight"), axis=-1, epsilon=epsilon)
 
     def linear(self, x: ir.Value, name: str) -> ir.Value:
-        return self.op("MatMul", name, x, self.weight(f"{name}.weight", transposed=True))
+        """Multiply a narrow value with a narrow matrix; the result is narrow."""
+        return self.op("MatMul", name, x, self.weight(f"{name}.weight", transposed=True, dtype=self.narrow_type))
 
-    def rotated_heads(self, x: ir.Value, name: str, heads: int, position_ids: ir.Value) -> ir.Value:
-        """[B, S, heads x D] -> per-head RMSNorm -> rotary embedding -> [B, S, heads x D]."""
-        d = self.config.head_dim
+    def rotated_heads(self, x: ir.Value, attention: str, side: str, heads: int, position_ids: ir.Value) -> ir.Value:
+        """Project, normalize per head and rotate: [B, S, N] narrow -> [B, S, heads x D] float32."""
+        name, d = f"{attention}.{side}_norm", self.config.head_dim
+        projection = f"{attention}.{side}_proj"
+        x = self.widen(self.linear(x, projection), projection)
+        # x may be 2^-e of the true projection: with epsilon x 4^-e the norm gives the true result.
+        epsilon = self.config.rms_norm_eps * 4.0 ** -self.plan.exponent(projection)
         split = self.op("Reshape", f"{name}.split", x, self.ints(f"shape.heads_{heads}", [0, 0, heads, d]))
-        flat = self.op(
-            "Reshape",
-            f"{name}.merge",
-            self.norm(split, name),
-            self.ints(f"shape.flat_{heads}", [0, 0, heads * d]),
-        )
+        normed = self.norm(split, name, epsilon)
+        flat = self.op("Reshape", f"{name}.merge", normed, self.ints(f"shape.flat_{heads}", [0, 0, heads * d]))
         return self.op("RotaryEmbedding", f"{name}.rotary", flat, self.cos, self.sin, position_ids, num_heads=heads)
 
+    def attention(self, q: ir.Value, k: ir.Value, v: ir.Value, name: str, *, last: bool) -> ir.Value:
+        """Attend; q and k are float32, v is narrow, and so is the result."""
+        c = self.config
+        exponent = self.plan.exponent(f"{name}.q_norm") + self.plan.exponent(f"{name}.k_norm")
+        heads = {"q_num_heads": c.heads, "kv_num_heads": c.kv_heads, "scale": c.head_dim**-0.5 * 2.0**exponent}
+        # Narrow once and wide again: the pair is what TensorRT reads as a narrow kernel with float32 accumulation.
+        q = self.widen(self.narrow(q, f"{name}.q"), f"{name}.q")
+        k = self.widen(self.narrow(k, f"{name}.k"), f"{name}.k")
+        v = self.widen(v, f"{name}.v")
+        mask = [self.key_mask] if last else []
+        mixed = self.op("Attention", name, q, k, v, *mask, is_causal=0 if last else 1, **heads)
+        return self.narrow(mixed, name)
+
     def mlp(self, x: ir.Value, layer: str) -> ir.Value:
-        """Return down(silu(gate(x)) * up(x)); silu(g) = g * sigmoid(g)."""
+        """Return down(silu(gate(x)) * up(x)), narrow; silu(g) = g * sigmoid(g)."""
         gate = self.linear(x, f"{layer}.mlp.gate_proj")
         up = self.linear(x, f"{layer}.mlp.up_proj")
+        rescued = self.plan.exponent(f"{layer}.mlp.gate_proj") != 0
+        if rescued:  # a gate beyond the narrow range: its sigmoid needs the true value
+            gate, up = self.true(gate, f"{layer}.mlp.gate_proj"), self.widen(up, f"{layer}.mlp.up_proj")
         sigmoid = self.op("Sigmoid", f"{layer}.mlp.sigmoid", gate)
         silu = self.op("Mul", f"{layer}.mlp.silu", gate, sigmoid)
-        return self.linear(self.op("Mul", f"{layer}.mlp.gated", silu, up), f"{layer}.mlp.down_proj")
+        gated = self.op("Mul", f"{layer}.mlp.gated", silu, up)
+        gated = self.narrow(gated, f"{layer}.mlp.gated") if rescued else gated
+        return self.linear(gated, f"{layer}.mlp.down_proj")
 
     def layer(self, x: ir.Value, index: int) -> ir.Value:
-        """One decoder layer; the last one returns [B, 1, N], the pooled token's row."""
+        """One decoder layer on the float32 residual stream; the last one returns [B, 1, N], the pooled token's row."""
         c, layer = self.config, f"layers.{index}"
         attention = f"{layer}.self_attn"
         last = index == c.layers - 1
-        normed = self.norm(x, f"{layer}.input_layernorm")
-        queried = normed
-        query_positions = self.position_ids
+        normed = self.narrow(self.norm(x, f"{layer}.input_layernorm"), f"{layer}.input_layernorm")
+        queried, query_positions = normed, self.position_ids
         if last:
             x = self.op("GatherND", "pool.residual", x, self.last_index, batch_dims=1)
             queried = self.op("GatherND", "pool.query", normed, self.last_index, batch_dims=1)
             query_positions = self.last_position
-        q = self.rotated_heads(
-            self.linear(queried, f"{attention}.q_proj"), f"{attention}.q_norm", c.heads, query_positions
-        )
-        k = self.rotated_heads(
-            self.linear(normed, f"{attention}.k_proj"), f"{attention}.k_norm", c.kv_heads, self.position_ids
-        )
+        q = self.rotated_heads(queried, attention, "q", c.heads, query_positions)
+        k = self.rotated_heads(normed, attention, "k", c.kv_heads, self.position_ids)
         v = self.linear(normed, f"{attention}.v_proj")
-        heads = {"q_num_heads": c.heads, "kv_num_heads": c.kv_heads, "scale": c.head_dim**-0.5}
-        if last:
-            mixed = self.op("Attention", attention, q, k, v, self.key_mask, is_causal=0, **heads)
-        else:
-            mixed = self.op("Attention", attention, q, k, v, is_causal=1, **heads)
-        x = self.op("Add", f"{attention}.residual", x, self.linear(mixed, f"{attention}.o_proj"))
+        mixed = self.attention(q, k, v, attention, last=last)
+        projected = self.true(self.linear(mixed, f"{attention}.o_proj"), f"{attention}.o_proj")
+        x = self.op("Add", f"{attention}.residual", x, projected)
         normed = self.norm(x, f"{layer}.post_attention_layernorm")
-        return self.op("Add", f"{layer}.mlp.residual", x, self.mlp(normed, layer))
+        grown = self.mlp(self.narrow(normed, f"{layer}.post_attention_layernorm"), layer)
+        return self.op("Add", f"{layer}.mlp.residual", x, self.true(grown, f"{layer}.mlp.down_proj"))
 
     def encoder(self) -> ir.Value:
         self._shared()
-        x = self.op("Gather", "embed_tokens", self.weight("embed_tokens.weight"), self.input_ids)
+        table = self.weight("embed_tokens.weight", dtype=self.narrow_type)
+        x = self.true(self.op("Gather", "embed_tokens", table, self.input_ids), "embed_tokens")
         for index in range(self.config.layers):
             x = self.layer(x, index)
         pooled = self.op("Squeeze", "pool", self.norm(x, "norm"), self.ints("axis.1", [1]))

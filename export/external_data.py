@@ -29,8 +29,22 @@ _BLOCK = 256  # rows and columns of a transposition block; both sides then fit t
 
 
 @dataclass(frozen=True)
+class Shift:
+    """Powers of two a tensor of the checkpoint is multiplied with: exponents per row and per column, int64.
+
+    A matrix [out, in] takes both; a vector takes `rows` alone.
+    """
+
+    rows: NDArray[np.int64] | None = None
+    columns: NDArray[np.int64] | None = None
+
+
+NO_SHIFT = Shift()
+
+
+@dataclass(frozen=True)
 class Entry:
-    """One tensor in the file: float32 of `shape` at `offset`, from `source` (transposed or not) or from `values`."""
+    """One tensor in the file: `shape` of `dtype` at `offset`, from `source` (transposed or not) or from `values`."""
 
     name: str
     shape: tuple[int, ...]
@@ -38,11 +52,13 @@ class Entry:
     source: str | None
     transposed: bool
     values: NDArray[np.float32] | None
+    dtype: ir.DataType = ir.DataType.FLOAT
+    shift: Shift = NO_SHIFT
 
     @property
     def size_bytes(self) -> int:
         """Bytes of the tensor, without padding."""
-        return 4 * int(np.prod(self.shape))
+        return int(self.dtype.itemsize) * int(np.prod(self.shape))
 
 
 @dataclass
@@ -53,37 +69,39 @@ class DataLayout:
     entries: list[Entry] = field(default_factory=list)
     end: int = 0
 
-    def weight(self, source: str, shape: tuple[int, ...], *, transposed: bool = False) -> ir.Value:
+    def weight(
+        self,
+        source: str,
+        shape: tuple[int, ...],
+        *,
+        transposed: bool = False,
+        dtype: ir.DataType = ir.DataType.FLOAT,
+        shift: Shift = NO_SHIFT,
+    ) -> ir.Value:
         """Place a tensor of the checkpoint; `shape` is the stored one, a transposed matrix becomes [in, out]."""
-        if transposed:
-            return self._place(f"{source}.transposed", (shape[1], shape[0]), source, True, None)
-        return self._place(source, shape, source, False, None)
+        name, placed = (f"{source}.transposed", (shape[1], shape[0])) if transposed else (source, shape)
+        return self._place(Entry(name, placed, self._next_offset(), source, transposed, None, dtype, shift))
 
     def constant(self, name: str, values: NDArray[np.float32]) -> ir.Value:
         """Place a computed float32 tensor."""
-        return self._place(name, values.shape, None, False, values)
+        return self._place(Entry(name, values.shape, self._next_offset(), None, False, values))
 
     @property
     def size_bytes(self) -> int:
         """Length of the whole file."""
         return self.end
 
-    def _place(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        source: str | None,
-        transposed: bool,
-        values: NDArray[np.float32] | None,
-    ) -> ir.Value:
-        offset = -(-self.end // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-        entry = Entry(name, shape, offset, source, transposed, values)
+    def _next_offset(self) -> int:
+        return -(-self.end // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+    def _place(self, entry: Entry) -> ir.Value:
         self.entries.append(entry)
-        self.end = offset + entry.size_bytes
+        self.end = entry.offset + entry.size_bytes
+        shape = ir.Shape(entry.shape)
         tensor = ir.ExternalTensor(
-            self.location, offset, entry.size_bytes, ir.DataType.FLOAT, shape=ir.Shape(shape), name=name
+            self.location, entry.offset, entry.size_bytes, entry.dtype, shape=shape, name=entry.name
         )
-        return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT), const_value=tensor)
+        return ir.Value(name=entry.name, shape=shape, type=ir.TensorType(entry.dtype), const_value=tensor)
 
 
 def write(layout: DataLayout, weights: Weights, path: Path, progress: Callable[[int], None]) -> str:
@@ -123,8 +141,8 @@ def _bytes(layout: DataLayout, weights: Weights) -> Iterator[memoryview]:
         position = entry.offset + entry.size_bytes
 
 
-def _chunks(entry: Entry, weights: Weights) -> Iterator[NDArray[np.float32]]:
-    """Yield the entry's values in file order, C-contiguous float32."""
+def _chunks(entry: Entry, weights: Weights) -> Iterator[NDArray[np.generic]]:
+    """Yield the entry's values in file order, C-contiguous, in its dtype."""
     if entry.values is not None:
         yield np.ascontiguousarray(entry.values, np.float32)
         return
@@ -132,14 +150,35 @@ def _chunks(entry: Entry, weights: Weights) -> Iterator[NDArray[np.float32]]:
     if entry.transposed:
         matrix = weights.read(entry.source)
         for start in range(0, entry.shape[0], _BLOCK):
-            yield _finite(entry, _transposed_rows(matrix, start, min(start + _BLOCK, entry.shape[0])))
+            stop = min(start + _BLOCK, entry.shape[0])
+            rows = _transposed_rows(matrix, start, stop)
+            yield _narrow(entry, _shifted(rows, _part(entry.shift.columns, start, stop), entry.shift.rows))
         return
     row_values = int(np.prod(entry.shape[1:]))
     # A slice of a mapped file costs an open; several chunks share one.
+    first = 0
     for piece in weights.rows(entry.source, max(1, 32 * _CHUNK_VALUES // row_values)):
-        flat = piece.reshape(-1)
-        for start in range(0, flat.size, _CHUNK_VALUES):
-            yield _finite(entry, to_float32(flat[start : start + _CHUNK_VALUES]))
+        step = max(1, _CHUNK_VALUES // row_values)
+        for start in range(0, len(piece), step):
+            rows = to_float32(piece[start : start + step])
+            shift = _part(entry.shift.rows, first + start, first + start + len(rows))
+            yield _narrow(entry, _shifted(rows, shift, entry.shift.columns))
+        first += len(piece)
+
+
+def _part(exponents: NDArray[np.int64] | None, start: int, stop: int) -> NDArray[np.int64] | None:
+    return None if exponents is None else exponents[start:stop]
+
+
+def _shifted(
+    values: NDArray[np.float32], rows: NDArray[np.int64] | None, columns: NDArray[np.int64] | None
+) -> NDArray[np.float32]:
+    """Multiply by powers of two: exact, as long as nothing leaves float32's range."""
+    if rows is not None:
+        values = np.ldexp(values, rows.reshape(-1, *[1] * (values.ndim - 1)).astype(np.int32))
+    if columns is not None:
+        values = np.ldexp(values, columns[None, :].astype(np.int32))
+    return values
 
 
 def _transposed_rows(matrix: NDArray[np.generic], start: int, stop: int) -> NDArray[np.float32]:
@@ -150,11 +189,21 @@ def _transposed_rows(matrix: NDArray[np.generic], start: int, stop: int) -> NDAr
     return to_float32(rows)
 
 
-def _finite(entry: Entry, chunk: NDArray[np.float32]) -> NDArray[np.float32]:
+def _narrow(entry: Entry, chunk: NDArray[np.float32]) -> NDArray[np.generic]:
+    """Round to the entry's dtype. Raises CheckpointError for values that are not finite, before or after."""
     if not np.isfinite(chunk).all():
         bad = int(np.count_nonzero(~np.isfinite(chunk)))
         raise CheckpointError(
             f"the weight {entry.source} holds {bad} values that are not finite (NaN or infinity).",
             cure="The checkpoint is damaged: download it again.",
         )
-    return np.ascontiguousarray(chunk)
+    if entry.dtype == ir.DataType.FLOAT:
+        return np.ascontiguousarray(chunk)
+    with np.errstate(over="ignore"):
+        narrow = chunk.astype(entry.dtype.numpy())
+    if entry.dtype == ir.DataType.FLOAT16 and not np.isfinite(narrow).all():
+        raise CheckpointError(
+            f"the weight {entry.source} reaches {np.abs(chunk).max():.3g}; float16 ends at 65504.",
+            cure="Export it with calibration texts, so that it is rescaled, or as bf16.",
+        )
+    return np.ascontiguousarray(narrow)

@@ -133,7 +133,7 @@ def _check_engine(
     if verdict == "fail":
         diagnosis = diagnose(bundle, record, reference, samples, runs.single)
     return EngineReport(
-        record.name,
+        record.full_name,
         record.precision,
         record.fingerprint,
         verdict,

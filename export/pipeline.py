@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import importlib.metadata
 import platform
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx_ir as ir
 
 import runtime
+from calibration.texts import Text, calibration_texts, texts_sha256
 from export.checkpoint import Checkpoint
 from export.conventions import TOKENIZER
 from export.encoder import OPSET, build_encoder
 from export.external_data import DataLayout, write
 from export.precision import Precision
+from export.probe import probe
+from export.rescale import RescalePlan, plan_rescaling
+from export.weights import absmax
 from runtime.bundle import (
     MANIFEST,
     SCHEMA_VERSION,
@@ -33,7 +38,10 @@ from runtime.bundle import (
 )
 from runtime.errors import OutputError
 from runtime.files import staged_folder
+from runtime.tokenizer import Instruction, TextTokenizer
 
+# bf16 matrices have no kernel in ONNX Runtime on CPU: that graph is for builders.
+_ONNXRUNTIME_PRECISIONS = (Precision.FP32, Precision.FP16)
 _VERSIONED = ["ml-dtypes", "numpy", "onnx-ir", "onnxruntime", "safetensors", "tokenizers"]
 
 
@@ -53,9 +61,12 @@ def export_bundle(
     folder: Path,
     precisions: list[Precision],
     progress: Progress = lambda step, done: None,
+    *,
+    calibration: Sequence[Text] | None = None,
 ) -> Bundle:
     """Write a bundle to `folder`, replacing the bundle there in one step.
 
+    The narrow precisions are shaped by the activations of `calibration`, by default the shipped calibration texts.
     Raises CheckpointError for weights that cannot be used, OutputError when the folder cannot be written or holds
     something that is not a bundle. Until the last moment the old bundle is untouched.
     """
@@ -69,7 +80,7 @@ def export_bundle(
         shutil.copyfile(checkpoint.folder / TOKENIZER, staging / TOKENIZER)
         tokenizer = record_file(staging, TOKENIZER)
         content = content_fingerprint(checkpoint.contract, tokenizer, source)
-        graphs = [write_graph(checkpoint, staging, precision, progress) for precision in precisions]
+        graphs = write_graphs(checkpoint, staging, precisions, progress, calibration)
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
             fingerprint=content,
@@ -78,7 +89,7 @@ def export_bundle(
             contract=checkpoint.contract,
             tokenizer=tokenizer,
             graphs=graphs,
-            engines=[onnxruntime_engine(content, graph) for graph in graphs],
+            engines=[onnxruntime_engine(content, g) for g in graphs if g.precision in _ONNXRUNTIME_PRECISIONS],
             golden=None,
             versions=versions(_VERSIONED),
             notices=checkpoint.notices,
@@ -87,12 +98,60 @@ def export_bundle(
     return open_bundle(folder)
 
 
-def write_graph(checkpoint: Checkpoint, root: Path, precision: Precision, progress: Progress) -> GraphRecord:
+def write_graphs(
+    checkpoint: Checkpoint,
+    root: Path,
+    precisions: list[Precision],
+    progress: Progress,
+    calibration: Sequence[Text] | None,
+) -> list[GraphRecord]:
+    """Write the graphs of all precisions under `root`; probes the fp32 graph when one of them is narrow."""
+    fp32 = write_graph(checkpoint, root, Precision.FP32, progress)
+    if precisions == [Precision.FP32]:
+        return [fp32]
+    texts = calibration_texts() if calibration is None else calibration
+    plan = rescale_plan(checkpoint, root, fp32, texts, progress)
+    graphs = []
+    for precision in precisions:
+        if precision is Precision.FP32:
+            graphs.append(fp32)
+            continue
+        graph = write_graph(checkpoint, root, precision, progress, plan)
+        graphs.append(replace(graph, rescaling=plan.lines, calibration_sha256=texts_sha256(texts)))
+    if Precision.FP32 not in precisions:
+        for record in (fp32.model, fp32.data):
+            (root / record.file).unlink()
+    return graphs
+
+
+def rescale_plan(
+    checkpoint: Checkpoint, root: Path, fp32: GraphRecord, texts: Sequence[Text], progress: Progress
+) -> RescalePlan:
+    """Probe the fp32 graph on `texts` and decide what FP16 needs. Raises InputError, EngineError, OutputError."""
+    contract = checkpoint.contract
+    tokenizer = TextTokenizer(root / TOKENIZER, contract)
+    rendered = [contract.prompts.get(text.prompt or "", "") + text.text for text in texts]
+    sequences = [item.ids for item in tokenizer.encode(rendered, Instruction(prompt=""))]
+    statistics = probe(
+        root / fp32.model.file,
+        fp32.model.sha256 + fp32.data.sha256,
+        checkpoint.config,
+        sequences,
+        progress=lambda label, done, total: progress(Step(label, total), done),
+    )
+    return plan_rescaling(checkpoint.config, statistics, functools.cache(lambda n: absmax(checkpoint.weights, n)))
+
+
+def write_graph(
+    checkpoint: Checkpoint, root: Path, precision: Precision, progress: Progress, plan: RescalePlan | None = None
+) -> GraphRecord:
     """Write graphs/<precision>.onnx and its data under `root`. Raises CheckpointError, OSError."""
     model_file, data_file = f"graphs/{precision}.onnx", f"graphs/{precision}.onnx.data"
     (root / "graphs").mkdir(exist_ok=True)
     layout = DataLayout(Path(data_file).name)
-    model = build_encoder(checkpoint.config, layout, producer_version=runtime.__version__)
+    model = build_encoder(
+        checkpoint.config, layout, producer_version=runtime.__version__, precision=precision, plan=plan
+    )
     step = Step(f"write the {precision} graph", layout.size_bytes)
     done = 0
 
@@ -119,6 +178,7 @@ def onnxruntime_engine(content: str, graph: GraphRecord) -> EngineRecord:
         fingerprint=engine_fingerprint(content, graph, "onnxruntime", graph.model.sha256),
         builder={"f2rt": runtime.__version__},
         flags=[f"opset {graph.opset}"],
+        calibration_sha256=graph.calibration_sha256,
     )
 
 

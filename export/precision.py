@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from enum import StrEnum
 
+import onnx_ir as ir
+
 from runtime.errors import InputError
 
 
@@ -11,6 +13,15 @@ class Precision(StrEnum):
     """Numbers of a graph's weights and matrix products."""
 
     FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+
+
+DATA_TYPES = {
+    Precision.FP32: ir.DataType.FLOAT,
+    Precision.FP16: ir.DataType.FLOAT16,
+    Precision.BF16: ir.DataType.BFLOAT16,
+}
 
 
 def parse_precisions(text: str) -> list[Precision]:

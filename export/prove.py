@@ -90,7 +90,7 @@ def record(bundle: Bundle, report: ParityReport, vectors: golden.Golden) -> None
         write_atomic(bundle.path(GOLDEN), data)
     report_data = to_json(report)
     write_atomic(bundle.path(REPORT), report_data)
-    verdicts = {e.engine: _verdict(report, e, hashlib.sha256(report_data).hexdigest()) for e in report.engines}
+    verdicts = {e.fingerprint: _verdict(report, e, hashlib.sha256(report_data).hexdigest()) for e in report.engines}
     write_manifest(bundle.folder, with_parity(manifest, verdicts, record_file(bundle.folder, GOLDEN, sha256=sha256)))
 
 

@@ -19,6 +19,7 @@ from runtime.errors import CheckpointError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_ABSMAX_ROWS = 4096
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -77,6 +78,16 @@ class Weights:
         with safe_open(info.file, "np") as file:
             tensor: NDArray[np.generic] = file.get_tensor(info.key)
             return tensor
+
+
+def absmax(weights: Weights, name: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return the largest magnitude in each row and each column of a matrix, float32 [rows] and [columns]."""
+    rows, columns = [], np.zeros(weights.info(name).shape[-1], np.float32)
+    for piece in weights.rows(name, _ABSMAX_ROWS):
+        magnitudes = np.abs(to_float32(piece))
+        rows.append(magnitudes.max(axis=1))
+        columns = np.maximum(columns, magnitudes.max(axis=0))
+    return np.concatenate(rows), columns
 
 
 def to_float32(values: NDArray[np.generic]) -> NDArray[np.float32]:

@@ -70,13 +70,25 @@ class Contract:
 
 
 @dataclass(frozen=True)
+class Rescaling:
+    """What was multiplied by powers of two, in how many channels, by 2^largest_exponent at most, and why."""
+
+    tensor: str
+    channels: int
+    largest_exponent: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class GraphRecord:
-    """One ONNX graph and its external data."""
+    """One ONNX graph and its external data. `calibration_sha256` names the texts whose activations shaped it."""
 
     precision: str
     model: FileRecord
     data: FileRecord
     opset: int
+    rescaling: list[Rescaling] = field(default_factory=list)
+    calibration_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -109,7 +121,13 @@ class EngineRecord:
     profiles: list[str] = field(default_factory=list)
     target: str | None = None
     calibration_sha256: str | None = None
+    graph_sha256: str | None = None
     parity: ParityRecord | None = None
+
+    @property
+    def full_name(self) -> str:
+        """The name with the target GPU, unique within a bundle."""
+        return f"{self.name}@{self.target}" if self.target else self.name
 
 
 @dataclass(frozen=True)
@@ -141,11 +159,14 @@ class Bundle:
         return self.folder / file
 
     def engine(self, name: str) -> EngineRecord:
-        """Return the record of the engine called `name`; raises NotFoundError naming those there are."""
+        """Return the record of the engine `name`, or `name@target` where there are several.
+
+        Raises NotFoundError naming those there are.
+        """
         for record in self.manifest.engines:
-            if record.name == name:
+            if name in (record.name, record.full_name):
                 return record
-        names = ", ".join(record.name for record in self.manifest.engines) or "none"
+        names = ", ".join(record.full_name for record in self.manifest.engines) or "none"
         raise NotFoundError(
             f"the bundle {self.folder} has no engine {name!r}; it has: {names}.",
             cure="Choose one of these or auto.",
@@ -269,6 +290,6 @@ def check_hash(bundle: Bundle, record: FileRecord) -> None:
 
 
 def with_parity(manifest: Manifest, verdicts: dict[str, ParityRecord], golden: FileRecord | None) -> Manifest:
-    """Return the manifest with these golden vectors and verdicts; engines not named keep theirs."""
-    engines = [replace(e, parity=verdicts.get(e.name, e.parity)) for e in manifest.engines]
+    """Return the manifest with these golden vectors and verdicts by fingerprint; other engines keep theirs."""
+    engines = [replace(e, parity=verdicts.get(e.fingerprint, e.parity)) for e in manifest.engines]
     return replace(manifest, engines=engines, golden=golden)

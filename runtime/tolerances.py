@@ -25,6 +25,9 @@ class Tolerance:
 
 TOLERANCES: dict[str, Tolerance] = {
     "fp32": Tolerance(min_cosine=0.99999, mean_cosine=0.999999, max_abs_diff=1e-3, norm_error=1e-5),
+    # A cosine of 0.9995 lets a unit vector move by sqrt(2 x 0.0005) = 0.032 in all.
+    "fp16": Tolerance(min_cosine=0.9995, mean_cosine=0.9999, max_abs_diff=0.032, norm_error=1e-5),
+    "bf16": Tolerance(min_cosine=0.9995, mean_cosine=0.9999, max_abs_diff=0.032, norm_error=1e-5),
 }
 
 # The weights in a graph are the checkpoint's, widened: not one bit may differ.

@@ -1,0 +1,108 @@
+"""Adds compiled engines to a bundle, and keeps those whose inputs have not changed.
+
+The engine file is written first and the manifest last: until then the bundle is as it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import runtime
+from export.builder import MODULES, Progress, build_engine, library_version
+from export.precision import Precision
+from export.profiles import Profile
+from runtime.bundle import (
+    Bundle,
+    EngineRecord,
+    GraphRecord,
+    engine_fingerprint,
+    open_bundle,
+    write_manifest,
+)
+from runtime.errors import InputError
+from runtime.files import sha256_file, write_atomic
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one engine: its record, and why it was built or kept."""
+
+    record: EngineRecord
+    built: bool
+    reason: str
+
+
+def add_engine(
+    folder: Path,
+    backend: str,
+    precision: Precision,
+    profiles: tuple[Profile, ...],
+    *,
+    target: str | None = None,
+    progress: Progress = lambda label, done, total: None,
+) -> Outcome:
+    """Build the engine of one backend, precision and target, unless the bundle has it from the same inputs.
+
+    Raises InputError, NotFoundError for a graph the bundle lacks, MissingExtraError, EngineError or OutputError; the
+    bundle is then unchanged.
+    """
+    bundle = open_bundle(folder)
+    if backend not in MODULES:
+        raise InputError(f"there is no builder {backend!r}.", cure=f"Choose one of: {', '.join(MODULES)}.")
+    graph = bundle.graph(precision)
+    version = library_version(backend)
+    wanted = [str(p) for p in profiles]
+    old = _find(bundle, f"{backend}:{precision}", target)
+    reason = _stale(bundle, old, graph, backend, version, wanted)
+    if old is not None and reason is None:
+        return Outcome(old, False, "nothing it depends on has changed")
+    built = build_engine(bundle.path(graph.model.file), backend, precision, profiles, target=target, progress=progress)
+    file = f"engines/{backend}/{precision}-{built.target}.engine"
+    write_atomic(bundle.path(file), built.data)
+    sha256 = hashlib.sha256(built.data).hexdigest()
+    record = EngineRecord(
+        name=f"{backend}:{precision}",
+        backend=backend,
+        precision=precision,
+        file=file,
+        sha256=sha256,
+        fingerprint=engine_fingerprint(bundle.manifest.fingerprint, graph, backend, sha256),
+        builder={"f2rt": runtime.__version__, **built.builder},
+        flags=built.flags,
+        profiles=wanted,
+        target=built.target,
+        calibration_sha256=graph.calibration_sha256,
+        graph_sha256=_graph_key(graph),
+    )
+    others = [e for e in bundle.manifest.engines if (e.name, e.target) != (record.name, record.target)]
+    write_manifest(folder, replace(bundle.manifest, engines=[*others, record]))
+    return Outcome(record, True, reason or "the bundle had none")
+
+
+def _find(bundle: Bundle, name: str, target: str | None) -> EngineRecord | None:
+    wanted = target or "current"
+    return next((e for e in bundle.manifest.engines if (e.name, e.target) == (name, wanted)), None)
+
+
+def _graph_key(graph: GraphRecord) -> str:
+    return hashlib.sha256(f"{graph.model.sha256} {graph.data.sha256}".encode()).hexdigest()
+
+
+def _stale(
+    bundle: Bundle, old: EngineRecord | None, graph: GraphRecord, backend: str, version: str, profiles: list[str]
+) -> str | None:
+    """Return why an engine must be built again, or None."""
+    if old is None:
+        return "the bundle had none"
+    if old.graph_sha256 != _graph_key(graph):
+        return "the graph changed"
+    if old.builder.get(backend) != version:
+        return f"{backend} is {version} now, it was {old.builder.get(backend)}"
+    if old.profiles != profiles:
+        return "the profiles changed"
+    path = bundle.path(old.file)
+    if not path.is_file() or sha256_file(path) != old.sha256:
+        return "its file is missing or was changed"
+    return None

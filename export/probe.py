@@ -1,0 +1,237 @@
+"""The probe: runs texts through the fp32 graph layer by layer and measures every tensor that FP16 or INT8 must hold.
+
+It executes the very graph that parity proves against PyTorch, cut between layers, so it needs the memory of one layer
+and of the texts' residual streams, never of the model. Each text runs alone, unpadded: there are no pads to exclude.
+What a layer found is kept in a cache under the hash of weights and texts; an interrupted probe resumes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+from numpy.typing import NDArray
+
+from calibration.statistics import Statistics, merge, pack, unpack
+from export.config import EncoderConfig
+from runtime.errors import EngineError, InputError, OutputError
+from runtime.files import explain_write_errors, write_atomic
+
+Progress = Callable[[str, int, int], None]
+Streams = list[NDArray[np.float32]]
+
+_LAYER_TENSORS = (
+    "input_layernorm",
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.q_norm.rotary",
+    "self_attn.k_norm.rotary",
+    "self_attn",
+    "self_attn.o_proj",
+    "self_attn.residual",
+    "post_attention_layernorm",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.gated",
+    "mlp.down_proj",
+    "mlp.residual",
+)
+
+
+def cache_folder() -> Path:
+    """Return where probes are kept: $F2RT_CACHE, or f2rt in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("F2RT_CACHE") or Path(base) / "f2rt")
+
+
+def probe(
+    graph: Path,
+    graph_sha256: str,
+    config: EncoderConfig,
+    sequences: Sequence[Sequence[int]],
+    *,
+    cache: Path | None = None,
+    progress: Progress = lambda label, done, total: None,
+) -> Statistics:
+    """Measure the fp32 graph on token id sequences (EOS included).
+
+    `graph_sha256` names graph and weights in the cache. Raises InputError for no sequences, EngineError when the graph
+    does not run or a value is not finite, OutputError when the cache cannot be written.
+    """
+    if not sequences:
+        raise InputError("there are no calibration texts.", cure="Give at least one.")
+    folder = (cache or cache_folder()) / "probe" / _key(graph_sha256, sequences)
+    finished = folder / "statistics.npz"
+    if finished.is_file():
+        return unpack(finished.read_bytes())
+    run = _Probe(graph, config, sequences, folder, progress)
+    statistics = run.statistics()
+    write_atomic(finished, pack(statistics))
+    shutil.rmtree(folder / "layers", ignore_errors=True)
+    return statistics
+
+
+def _key(graph_sha256: str, sequences: Sequence[Sequence[int]]) -> str:
+    digest = hashlib.sha256(b"probe 1 " + graph_sha256.encode())
+    for ids in sequences:
+        digest.update(np.array([len(ids), *ids], "<i8").tobytes())
+    return digest.hexdigest()[:32]
+
+
+class _Probe:
+    """One pass over all layers. `layers/` in the cache holds each layer's statistics and the last residual streams."""
+
+    def __init__(
+        self,
+        graph: Path,
+        config: EncoderConfig,
+        sequences: Sequence[Sequence[int]],
+        folder: Path,
+        progress: Progress,
+    ) -> None:
+        self._graph = graph
+        self._config = config
+        self._sequences = [np.array([ids], np.int64) for ids in sequences]
+        self._offsets = np.cumsum([0, *map(len, sequences)])
+        self._layers = folder / "layers"
+        self._progress = progress
+
+    def statistics(self) -> Statistics:
+        parts: list[Statistics] = []
+        streams: Streams | None = None
+        for index in range(-1, self._config.layers):
+            path = self._layers / f"{index}.npz"
+            following = self._layers / f"{index + 1}.npz"
+            if path.is_file() and (following.is_file() or self._streams_file(index).is_file()):
+                parts.append(unpack(path.read_bytes()))
+                streams = None
+                continue
+            if index >= 0 and streams is None:
+                streams = self._read_streams(index - 1)
+            part, streams = self._embed() if index < 0 else self._layer(index, streams or [])
+            # The streams first: a statistics file without them would skip a layer that cannot be continued from.
+            self._write_streams(index, streams)
+            write_atomic(path, pack(part))
+            self._streams_file(index - 1).unlink(missing_ok=True)
+            parts.append(part)
+        return merge(parts)
+
+    def _embed(self) -> tuple[Statistics, Streams]:
+        return self._run("embed_tokens", [], ["embed_tokens"], "embed_tokens", [])
+
+    def _layer(self, index: int, streams: Streams) -> tuple[Statistics, Streams]:
+        start = "embed_tokens.out" if index == 0 else f"layers.{index - 1}.mlp.residual.out"
+        names = [f"layers.{index}.{name}" for name in _LAYER_TENSORS]
+        return self._run(f"layer {index}", [start], names, f"layers.{index}.mlp.residual", streams)
+
+    def _run(
+        self, label: str, starts: list[str], names: list[str], end: str, streams: Streams
+    ) -> tuple[Statistics, Streams]:
+        """Run one piece of the graph over all texts; per channel maxima of `names`, and the output of `end`."""
+        session = _session(self._graph, starts, names, end)
+        wanted = {value.name for value in session.get_inputs()}
+        largest: dict[str, NDArray[np.float32]] = {}
+        outputs: Streams = []
+        for row, ids in enumerate(self._sequences):
+            self._progress(f"probe: {label}", row, len(self._sequences))
+            feeds: dict[str, NDArray[np.generic]] = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+            for name in starts:
+                feeds[name] = streams[row]
+            stream, *maxima = session.run(None, {k: v for k, v in feeds.items() if k in wanted})
+            outputs.append(stream)
+            for name, values in zip(names, maxima, strict=True):
+                largest[name] = np.maximum(largest[name], values) if name in largest else values
+        self._progress(f"probe: {label}", len(self._sequences), len(self._sequences))
+        bad = next((name for name, values in largest.items() if not np.isfinite(values).all()), None)
+        if bad:
+            raise EngineError(f"{bad} is not finite in float32.", cure="The checkpoint is damaged: download it again.")
+        return Statistics(largest, int(self._offsets[-1])), outputs
+
+    def _streams_file(self, index: int) -> Path:
+        return self._layers / f"{index}.streams.npy"
+
+    def _write_streams(self, index: int, streams: Streams) -> None:
+        """Keep the residual streams of all texts, one below the other: float32 [tokens, hidden]."""
+        if index == self._config.layers - 1:
+            return
+        path = self._streams_file(index)
+        temporary = path.with_suffix(".part.npy")
+        with explain_write_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.save(temporary, np.concatenate([s[0] for s in streams]))
+            temporary.replace(path)
+
+    def _read_streams(self, index: int) -> Streams:
+        try:
+            rows = np.load(self._streams_file(index), mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise OutputError(f"{self._streams_file(index)} cannot be read: {error}.", cure="Delete it.") from error
+        return [rows[a:b][None] for a, b in zip(self._offsets[:-1], self._offsets[1:], strict=True)]
+
+
+def _session(graph: Path, starts: list[str], names: list[str], end: str) -> onnxruntime.InferenceSession:
+    """Open the part of the graph from `starts` to `end`, with the largest magnitude per channel of each of `names`."""
+    model = ir.load(graph)
+    inputs = [*starts, "input_ids", "attention_mask"] if starts else ["input_ids", "attention_mask"]
+    tensors = [f"{end}.out", *(f"{name}.out" for name in names)]
+    part = ir.convenience.extract(model.graph, _needed(model.graph, inputs, tensors), list(dict.fromkeys(tensors)))
+    values = {str(v.name): v for v in part.outputs}
+    reduced = []
+    for name in names:
+        absolute = ir.Node("", "Abs", [values[f"{name}.out"]])
+        largest = ir.Node(
+            "", "ReduceMax", [absolute.outputs[0], _axes(part)], {"keepdims": ir.AttrInt64("keepdims", 0)}
+        )
+        part.extend([absolute, largest])
+        largest.outputs[0].name = f"{name}.largest"
+        reduced.append(largest.outputs[0])
+    for value in part.inputs:
+        if value.type is None:
+            value.type = ir.TensorType(ir.DataType.FLOAT)
+    stream = values[f"{end}.out"]
+    part.outputs.clear()
+    part.outputs.extend([stream, *reduced])
+    for value in part.outputs:
+        value.type = ir.TensorType(ir.DataType.FLOAT)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(graph.parent))
+    proto = ir.to_proto(ir.Model(part, ir_version=model.ir_version)).SerializeToString()
+    return onnxruntime.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
+
+
+def _axes(graph: ir.Graph) -> ir.Value:
+    """Return the constant axes 0 and 1, all but the channel."""
+    name = "probe.axes"
+    if name not in graph.initializers:
+        tensor = ir.tensor(np.array([0, 1], np.int64), name=name)
+        value = ir.Value(name=name, shape=ir.Shape([2]), type=ir.TensorType(ir.DataType.INT64), const_value=tensor)
+        graph.register_initializer(value)
+    return graph.initializers[name]
+
+
+def _needed(graph: ir.Graph, inputs: list[str], outputs: list[str]) -> list[str]:
+    """Return those of `inputs` that `outputs` depend on."""
+    values = {str(v.name): v for node in graph for v in node.outputs}
+    stop = set(inputs)
+    found: set[str] = set()
+    seen: set[str] = set()
+    open_values = [values[name] for name in outputs]
+    while open_values:
+        value = open_values.pop()
+        producer = value.producer()
+        for source in producer.inputs if producer else []:
+            name = str(source.name) if source is not None else ""
+            if name in stop:
+                found.add(name)
+            elif source is not None and name not in seen:
+                seen.add(name)
+                open_values.append(source)
+    return [name for name in inputs if name in found]
