@@ -34,15 +34,22 @@ def export_command(
     model: Annotated[str, typer.Argument(help="Folder of a checkpoint, or a hub id (OWNER/NAME).")],
     out: BundleOption,
     precision: Annotated[str, typer.Option(help="Comma-separated: fp32, fp16, bf16.")] = "fp32",
+    calibration: Annotated[
+        Path | None, typer.Option(help="Your own calibration texts (JSON lines or plain text) in place of the shipped.")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
 ) -> None:
     """Turn a checkpoint into a bundle: ONNX graphs with pooling inside. Prove it with `f2rt parity`."""
     with console.readable_errors(), _export_extra():
+        from calibration.texts import check_disjoint, read_texts, verification_texts
         from export.checkpoint import Checkpoint
         from export.hub import locate
         from export.pipeline import export_bundle
         from export.precision import parse_precisions
 
+        texts = read_texts(calibration) if calibration else None
+        if texts is not None:
+            check_disjoint(texts, verification_texts(), str(calibration))
         precisions = parse_precisions(precision)
         checkpoint = Checkpoint.open(locate(model, revision))
         screen = console.out()
@@ -53,7 +60,8 @@ def export_command(
                 checkpoint,
                 out,
                 precisions,
-                lambda step, done: bars.update(step.label, done, step.total_bytes),
+                lambda step, done: bars.update(step.label, done, step.total),
+                calibration=texts,
             )
         contract = bundle.manifest.contract
         screen.print(

@@ -15,6 +15,7 @@ import runtime
 from export.checkpoint import Checkpoint
 from export.encoder import build_encoder
 from export.external_data import DataLayout
+from export.precision import Precision
 from export.reference import Reference, unit
 from export.samples import Sample
 from export.weights import Weights, to_float32
@@ -35,17 +36,21 @@ def diagnose(
     record: EngineRecord,
     reference: Reference,
     samples: Sequence[Sample],
-    vectors: NDArray[np.float32],
+    vectors: NDArray[np.float32] | None,
 ) -> list[str]:
-    """Return one sentence per cause found, the most specific first; empty when nothing known fits."""
-    causes = _non_finite(samples, vectors)
+    """Return one sentence per cause found, the most specific first; empty when nothing known fits.
+
+    `vectors` are the engine's for single texts, or None when it did not run.
+    """
+    causes = [] if vectors is None else _non_finite(samples, vectors)
     try:
         checkpoint = Checkpoint.open(reference.location)
         model = ir.load(bundle.path(bundle.graph(record.precision).model.file))
-        causes += compare_weights(model, checkpoint.weights) + compare_nodes(model, checkpoint)
+        if record.precision == Precision.FP32:
+            causes += compare_weights(model, checkpoint.weights) + compare_nodes(model, checkpoint)
     except F2rtError as error:
         causes.append(f"the graph could not be compared with the checkpoint: {error}")
-    return causes + _pooling(reference, samples, vectors)
+    return causes if vectors is None else causes + _pooling(reference, samples, vectors)
 
 
 def compare_nodes(model: ir.Model, checkpoint: Checkpoint) -> list[str]:

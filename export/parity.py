@@ -106,7 +106,7 @@ def _check_engine(
         engine = open_raw_engine(bundle, record, settings)
     except (EngineError, MissingExtraError) as error:
         return EngineReport(
-            record.name,
+            record.full_name,
             record.precision,
             record.fingerprint,
             "not_executed",
@@ -119,12 +119,12 @@ def _check_engine(
         checks = runs.checks(limits)
     except EngineError as error:
         return EngineReport(
-            record.name,
+            record.full_name,
             record.precision,
             record.fingerprint,
             "fail",
             limits,
-            diagnosis=[f"it does not run: {error}"],
+            diagnosis=[f"it does not run: {error}", *diagnose(bundle, record, reference, samples, None)],
         )
     finally:
         engine.close()

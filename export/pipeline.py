@@ -47,10 +47,10 @@ _VERSIONED = ["ml-dtypes", "numpy", "onnx-ir", "onnxruntime", "safetensors", "to
 
 @dataclass(frozen=True)
 class Step:
-    """What `export_bundle` is doing, for a progress display: bytes done of bytes in all."""
+    """What `export_bundle` is doing, for a progress display: `total` bytes or texts."""
 
     label: str
-    total_bytes: int
+    total: int
 
 
 Progress = Callable[[Step, int], None]

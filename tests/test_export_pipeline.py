@@ -95,7 +95,7 @@ def test_killed_while_weights_stream(checkpoint: Checkpoint, tmp_path: Path, sha
         pass
 
     def strike(step: object, done: int) -> None:
-        total = step.total_bytes  # type: ignore[attr-defined]
+        total = step.total  # type: ignore[attr-defined]
         if "graph" in step.label and done >= share * total * 0.99:  # type: ignore[attr-defined]
             raise FaultError
 
