@@ -3,7 +3,10 @@ PYTHON  ?= python3
 VENV    ?= .venv
 MODEL   ?= checkpoints/mini
 BUNDLE  ?= build/$(notdir $(MODEL:/=))
-PRECISIONS ?= fp32
+PRECISIONS ?= fp32 fp16 bf16
+BACKENDS ?= onnxruntime tensorrt-rtx
+TARGETS ?= sm80 sm89 sm120
+PROFILE ?= latency
 ENGINE  ?= auto
 GRPC    ?= 127.0.0.1:50051
 BIN     := $(VENV)/bin
@@ -17,7 +20,7 @@ COMMA   := ,
 
 help:  ## show the verbs
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  variables: MODEL=$(MODEL) BUNDLE=$(BUNDLE) PRECISIONS=\"$(PRECISIONS)\" ENGINE=$(ENGINE) GRPC=$(GRPC) PYTHON=$(PYTHON)"
+	@echo "  variables: MODEL=$(MODEL) BUNDLE=$(BUNDLE) PRECISIONS=\"$(PRECISIONS)\" BACKENDS=\"$(BACKENDS)\" TARGETS=\"$(TARGETS)\" ENGINE=$(ENGINE) GRPC=$(GRPC) PYTHON=$(PYTHON)"
 
 setup: $(STAMP)  ## create the environment (.venv) when it is missing or out of date
 
@@ -46,8 +49,17 @@ type: setup  ## mypy --strict
 test: setup  ## the whole test suite
 	$(BIN)/python -m pytest
 
-engine: setup  ## MODEL -> BUNDLE: export, prove every engine against PyTorch
-	$(BIN)/f2rt export $(MODEL) --out $(BUNDLE) --precision $(subst $(SPACE),$(COMMA),$(strip $(PRECISIONS)))
+# The precisions and backends that are compiled; ONNX Runtime needs no build.
+COMPILED := $(filter fp16 bf16,$(PRECISIONS))
+COMPILERS := $(if $(COMPILED),$(filter tensorrt tensorrt-rtx,$(BACKENDS)))
+comma_list = $(subst $(SPACE),$(COMMA),$(strip $(1)))
+
+engine: setup  ## MODEL -> BUNDLE: export, compile, prove every engine against PyTorch
+	$(BIN)/f2rt export $(MODEL) --out $(BUNDLE) --precision $(call comma_list,$(PRECISIONS))
+	@set -e; for backend in $(COMPILERS); do \
+	  $(BIN)/f2rt build $(BUNDLE) --backend $$backend --precision $(call comma_list,$(COMPILED)) \
+	    --target $(call comma_list,$(TARGETS)) --profile $(PROFILE); \
+	done
 	$(BIN)/f2rt parity $(BUNDLE)
 
 parity: setup  ## compare the bundle's engines with PyTorch; writes BUNDLE/parity/report.json
