@@ -59,7 +59,7 @@ def export_command(
 @app.command("latency")
 def latency_command(
     size: Annotated[str, typer.Option(help="A size of the family.")] = "0.6B",
-    seconds: Annotated[float, typer.Option(help="For all shapes together; at least three repetitions each.")] = 240.0,
+    seconds: Annotated[float, typer.Option(help="For all shapes together; at least five repetitions each.")] = 240.0,
     work: WorkOption = None,
     results: ResultsOption = RESULTS,
 ) -> None:

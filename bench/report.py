@@ -25,12 +25,13 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 @dataclass(frozen=True)
 class Machine:
-    """Where it was measured. `ram_gib` as the kernel counts it."""
+    """Where it was measured. `load` is the load average of the last 15 minutes, this measurement included."""
 
     cpu: str
     cores: int
     ram_gib: float
     system: str
+    load: float
     versions: dict[str, str]
 
 
@@ -53,7 +54,9 @@ def machine(packages: Sequence[str]) -> Machine:
     versions = {"f2rt": runtime.__version__, "python": platform.python_version()}
     versions |= {name: importlib.metadata.version(name) for name in packages}
     system = f"{platform.system()} {'.'.join(platform.release().split('.')[:2])}"
-    return Machine(_cpu(), physical_cores(), round(ram_bytes / 2**30, 1), system, versions)
+    return Machine(
+        _cpu(), physical_cores(), round(ram_bytes / 2**30, 1), system, round(os.getloadavg()[2], 1), versions
+    )
 
 
 def physical_cores() -> int:
@@ -101,7 +104,8 @@ def _markdown(result: Result, facts: Machine) -> str:
     lines += [_row(result.columns), _row(["---"] * len(result.columns)), *map(_row, result.rows), ""]
     lines += [f"- {note}" for note in result.notes]
     versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
-    lines += ["", f"{facts.cpu}, {facts.cores} cores, {facts.ram_gib} GiB RAM, {facts.system}; {versions}.", ""]
+    where = f"{facts.cpu}, {facts.cores} cores, {facts.ram_gib} GiB RAM, {facts.system}, load average {facts.load}"
+    lines += ["", f"{where}; {versions}.", ""]
     return "\n".join(lines)
 
 

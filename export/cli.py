@@ -126,9 +126,9 @@ def parity_command(
 def synth_command(
     size: Annotated[str, typer.Argument(help="80M, 160M, 330M, 0.6B, 1.7B, 4B, 8B or 14B.")],
     out: Annotated[Path, typer.Option("--out", help="The checkpoint's folder.")],
-    tokenizer: Annotated[Path, typer.Option(help="A checkpoint folder to take the tokenizer from.")] = Path(
-        "checkpoints/mini"
-    ),
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="A checkpoint folder to take the tokenizer from; default: the bundled one.")
+    ] = None,
 ) -> None:
     """Write a checkpoint of a family member's true shape with random weights, for benchmarks and scale tests."""
     with console.readable_errors(), _export_extra():
