@@ -114,7 +114,11 @@ def open_raw_engine(bundle: Bundle, record: EngineRecord, settings: EngineSettin
             fingerprint=record.fingerprint,
             settings=settings,
         )
-    raise EngineError(f"this f2rt has no backend {record.backend!r}.", cure="Update f2rt, or choose another engine.")
+    compiled_for = f", compiled for {record.target}" if record.target else ""
+    raise EngineError(
+        f"this version of f2rt does not run {record.backend} engines{compiled_for}.",
+        cure="Choose an onnxruntime engine, or update f2rt.",
+    )
 
 
 def load_engine(bundle: Bundle, name: str = "auto", settings: EngineSettings = EngineSettings()) -> LoadedEngine:
