@@ -155,7 +155,7 @@ def inspect_command(
         table = Table("engine", "fingerprint", "file", "verdict", "min cosine", show_edge=False, pad_edge=False)
         for engine in manifest.engines:
             cosine = f"{engine.parity.min_cosine:.7f}" if engine.parity else ""
-            table.add_row(engine.name, engine.fingerprint, engine.file, problem_with(engine) or "pass", cosine)
+            table.add_row(engine.full_name, engine.fingerprint, engine.file, problem_with(engine) or "pass", cosine)
         screen.print(table)
         if verify:
             screen.print("all files have the recorded hashes")

@@ -53,11 +53,11 @@ def select(bundle: Bundle, name: str) -> tuple[EngineRecord, str]:
     candidates = sorted(bundle.manifest.engines, key=lambda e: rank.get(e.name, len(rank)))
     passed = [e for e in candidates if problem_with(e) is None]
     if not passed:
-        reasons = "; ".join(f"{e.name}: {problem_with(e)}" for e in candidates)
+        reasons = "; ".join(f"{e.full_name}: {problem_with(e)}" for e in candidates)
         raise UnverifiedError(
             f"no engine of {bundle.folder} may answer: {reasons}.", cure=f"Run: f2rt parity {bundle.folder}"
         )
-    skipped = [f"{e.name} ({problem_with(e)})" for e in candidates if e not in passed]
+    skipped = [f"{e.full_name} ({problem_with(e)})" for e in candidates if e not in passed]
     return passed[0], "fastest engine with a passing verdict" + (
         f"; passed over {', '.join(skipped)}" if skipped else ""
     )
