@@ -6,6 +6,7 @@ Names are those of the graph's nodes. Knows no model and no graph.
 from __future__ import annotations
 
 import io
+import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -51,5 +52,5 @@ def unpack(data: bytes) -> Statistics:
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             largest = {k.removeprefix("absmax:"): arrays[k] for k in arrays.files if k.startswith("absmax:")}
             return Statistics(largest, int(arrays["tokens"]))
-    except (KeyError, ValueError, OSError, EOFError) as error:
+    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"these are not activation statistics: {error}.", cure="Delete the file.") from error

@@ -90,7 +90,7 @@ def build_command(
         profiles = parse_profiles(profile, open_bundle(bundle).manifest.contract.max_tokens)
         screen = console.out()
         for wanted in parse_precisions(precision):
-            for gpu in target.split(",") if target else [None]:
+            for gpu in [part.strip() for part in target.split(",")] if target else [None]:
                 with console.bars() as bars:
                     done = add_engine(bundle, backend, wanted, profiles, target=gpu, progress=bars.update)
                 verb = "built" if done.built else "kept"

@@ -31,7 +31,7 @@ from runtime.batch import make_batch
 from runtime.bundle import Bundle, Contract, EngineRecord, Verdict
 from runtime.embedder import finish
 from runtime.engines import Engine
-from runtime.errors import EngineError, InputError, MissingExtraError
+from runtime.errors import EngineError, InputError, MissingExtraError, NotExecutableError
 from runtime.golden import Golden, row_cosines
 from runtime.loader import open_raw_engine
 from runtime.settings import EngineSettings
@@ -104,7 +104,7 @@ def _check_engine(
 ) -> EngineReport:
     try:
         engine = open_raw_engine(bundle, record, settings)
-    except (EngineError, MissingExtraError) as error:
+    except (NotExecutableError, MissingExtraError) as error:
         return EngineReport(
             record.full_name,
             record.precision,
@@ -113,6 +113,10 @@ def _check_engine(
             None,
             reason=f"not executed: {error}",
         )
+    except EngineError as error:  # it should run here, and does not: that is a failure
+        limits = tolerance(record.precision)
+        report = EngineReport(record.full_name, record.precision, record.fingerprint, "fail", limits)
+        return dataclasses.replace(report, diagnosis=[f"it cannot be loaded: {error}"])
     limits = tolerance(record.precision)
     try:
         runs = _Runs(engine, samples, bundle.manifest.contract, reference, progress)

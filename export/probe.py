@@ -109,7 +109,8 @@ class _Probe:
         for index in range(-1, self._config.layers):
             path = self._layers / f"{index}.npz"
             following = self._layers / f"{index + 1}.npz"
-            if path.is_file() and (following.is_file() or self._streams_file(index).is_file()):
+            last = index == self._config.layers - 1  # nothing goes on from it, so it keeps no streams
+            if path.is_file() and (last or following.is_file() or self._streams_file(index).is_file()):
                 parts.append(unpack(path.read_bytes()))
                 streams = None
                 continue

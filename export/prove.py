@@ -45,7 +45,8 @@ def prove_bundle(
     """Compare the engines of a bundle with PyTorch and record golden vectors, report and verdicts.
 
     `model` overrides where the checkpoint lies; its files must be those the bundle was made from. Raises BundleError,
-    CheckpointError, NotFoundError, InputError or OutputError; whenever it raises, nothing was recorded.
+    CheckpointError, NotFoundError, InputError or OutputError. A bundle is never left broken; when the disk fills while
+    new golden vectors are recorded it may be left unproven, and the runtime then refuses it.
     """
     bundle = open_bundle(folder)
     reference = Reference(source_location(bundle, model))

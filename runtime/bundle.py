@@ -267,6 +267,17 @@ def bundle_files(manifest: Manifest) -> list[FileRecord]:
     return [manifest.tokenizer, *(f for g in manifest.graphs for f in (g.model, g.data)), *golden]
 
 
+def engine_files(bundle: Bundle) -> list[FileRecord]:
+    """Return the records of the engines' own files. Raises BundleError for one that is missing."""
+    records = []
+    for engine in bundle.manifest.engines:
+        path = bundle.path(engine.file)
+        if not path.is_file():
+            raise BundleError(f"{path} is missing from the bundle.", cure="Build the engine again.")
+        records.append(FileRecord(engine.file, engine.sha256, path.stat().st_size))
+    return records
+
+
 def _check_size(bundle: Bundle, record: FileRecord) -> None:
     path = bundle.path(record.file)
     if not path.is_file():

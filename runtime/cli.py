@@ -123,12 +123,12 @@ def inspect_command(
         from rich.table import Table
         from rich.text import Text
 
-        from runtime.bundle import MANIFEST, bundle_files, check_hash, open_bundle
+        from runtime.bundle import MANIFEST, bundle_files, check_hash, engine_files, open_bundle
         from runtime.loader import problem_with
 
         opened = open_bundle(bundle)
         if verify:
-            for record in bundle_files(opened.manifest):
+            for record in [*bundle_files(opened.manifest), *engine_files(opened)]:
                 check_hash(opened, record)
         if full:
             sys.stdout.write((bundle / MANIFEST).read_text(encoding="utf-8"))
@@ -154,7 +154,8 @@ def inspect_command(
         screen.print(facts)
         table = Table("engine", "fingerprint", "file", "verdict", "min cosine", show_edge=False, pad_edge=False)
         for engine in manifest.engines:
-            cosine = f"{engine.parity.min_cosine:.7f}" if engine.parity else ""
+            executed = engine.parity is not None and engine.parity.verdict != "not_executed"
+            cosine = f"{engine.parity.min_cosine:.7f}" if engine.parity and executed else ""
             table.add_row(engine.full_name, engine.fingerprint, engine.file, problem_with(engine) or "pass", cosine)
         screen.print(table)
         if verify:

@@ -78,7 +78,7 @@ class Embedder:
             if chars > self.limits.max_text_chars:
                 raise InputError(
                     f"{what} has {chars} characters; the limit is {self.limits.max_text_chars}.",
-                    cure="Split it, or raise max_text_chars on the server.",
+                    cure="Split it, or embed it in parts.",
                 )
         # The prompt stands before every text, so a short request with a long prompt is a long request.
         total = sum(map(len, texts)) + prompt_chars * len(texts)

@@ -12,6 +12,7 @@
     ├── BundleError            a bundle that is damaged, incomplete or from another version
     │   └── UnverifiedError    an engine that was not shown to give PyTorch's vectors
     └── EngineError            the engine failed, or gave what it must not give
+        └── NotExecutableError this machine or this version cannot run the engine at all
 
 A message says what is wrong, where, the value and the limit; `cure` says what to do. Foreign errors are translated
 once, where they appear, and chained.
@@ -76,6 +77,10 @@ class UnverifiedError(BundleError):
 
 class EngineError(F2rtError):
     """The engine failed."""
+
+
+class NotExecutableError(EngineError):
+    """This machine or this version cannot run the engine."""
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,14 @@ def check_engine(engine: Engine, golden: Golden, pad_id: int) -> float:
         )
     cosines = row_cosines(vectors, golden.embeddings)
     worst = int(np.argmin(cosines))
+    # A cosine does not see a vector's length, and the contract is unit length.
+    norm_error = float(np.abs(np.linalg.norm(vectors.astype(np.float64), axis=1) - 1).max())
+    if cosines[worst] >= limit and not norm_error <= tolerance(engine.precision).norm_error:
+        raise UnverifiedError(
+            f"{engine.name} gives a golden vector whose length is off by {norm_error:.1e}, the limit for "
+            f"{engine.precision} is {tolerance(engine.precision).norm_error}.",
+            cure="It must not answer. Run f2rt parity on the bundle to see why.",
+        )
     if not cosines[worst] >= limit:
         raise UnverifiedError(
             f"{engine.name} does not reproduce PyTorch: cosine {cosines[worst]:.6f} on the golden text "

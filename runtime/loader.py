@@ -14,10 +14,11 @@ from runtime.bundle import (
     GraphRecord,
     check_hash,
     content_fingerprint,
+    engine_files,
     engine_fingerprint,
 )
 from runtime.engines import Engine
-from runtime.errors import EngineError, InputError, UnverifiedError
+from runtime.errors import InputError, NotExecutableError, UnverifiedError
 from runtime.settings import EngineSettings
 from runtime.tokenizer import TextTokenizer
 
@@ -102,7 +103,7 @@ def _require_pass(bundle: Bundle, record: EngineRecord) -> None:
 def open_raw_engine(bundle: Bundle, record: EngineRecord, settings: EngineSettings) -> Engine:
     """Open an engine without asking whether it was proven: for the check itself.
 
-    Raises EngineError when it cannot be loaded or its backend is unknown to this version.
+    Raises NotExecutableError for a backend this version does not run, EngineError when it cannot be loaded.
     """
     if record.backend == "onnxruntime":
         from runtime.engines.onnxruntime import OnnxRuntimeEngine
@@ -115,7 +116,7 @@ def open_raw_engine(bundle: Bundle, record: EngineRecord, settings: EngineSettin
             settings=settings,
         )
     compiled_for = f", compiled for {record.target}" if record.target else ""
-    raise EngineError(
+    raise NotExecutableError(
         f"this version of f2rt does not run {record.backend} engines{compiled_for}.",
         cure="Choose an onnxruntime engine, or update f2rt.",
     )
@@ -131,6 +132,9 @@ def load_engine(bundle: Bundle, name: str = "auto", settings: EngineSettings = E
     graph: GraphRecord = bundle.graph(record.precision)
     for file in (bundle.manifest.tokenizer, graph.model, graph.data):
         check_hash(bundle, file)
+    for file in engine_files(bundle):
+        if file.file == record.file:
+            check_hash(bundle, file)
     check_fingerprint(bundle, record)
     tokenizer = TextTokenizer(bundle.path(bundle.manifest.tokenizer.file), bundle.manifest.contract)
     expected = golden.load(bundle)

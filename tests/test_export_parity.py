@@ -187,11 +187,11 @@ def test_vectors_that_are_not_finite(bundle_copy: Bundle, reference: Reference, 
     assert any("norm.weight" in t for t in engine.diagnosis)
 
 
-def test_engine_that_cannot_load_is_not_executed(bundle_copy: Bundle, reference: Reference, texts: list[Text]) -> None:
+def test_graph_that_cannot_be_loaded_fails(bundle_copy: Bundle, reference: Reference, texts: list[Text]) -> None:
     bundle_copy.path("graphs/fp32.onnx").write_bytes(b"no graph")
     report = report_of(rehash(bundle_copy), reference, texts)
-    assert report.verdict == "not_executed"
-    assert "cannot load" in report.engines[0].reason
+    assert report.verdict == "fail"
+    assert "cannot load" in report.engines[0].diagnosis[0]
 
 
 def test_one_bad_row_among_many_is_not_averaged_away() -> None:

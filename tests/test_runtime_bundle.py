@@ -20,8 +20,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from runtime import golden
+from runtime.batch import Batch
 from runtime.bundle import (
     MANIFEST,
     Bundle,
@@ -691,3 +693,34 @@ def test_manifest_is_written_as_it_is_read(bundle_copy: Bundle) -> None:
     text = (bundle_copy.folder / MANIFEST).read_text(encoding="utf-8")
     assert text.endswith("}\n")
     assert hashlib.sha256(text.encode()).hexdigest() == sha256_file(bundle_copy.folder / MANIFEST)
+
+
+# --- what the cosine alone would not notice
+
+
+def test_engine_file_exchanged_under_its_verdict_is_refused(bundle_copy: Bundle) -> None:
+    """The record points at another file: graph and fingerprint fit, what would run does not."""
+    import onnx
+
+    model = onnx.load(bundle_copy.path("graphs/fp32.onnx"), load_external_data=False)
+    model.producer_version = "other"
+    onnx.save(model, bundle_copy.path("graphs/other.onnx"))
+    engine = replace(bundle_copy.manifest.engines[0], file="graphs/other.onnx")
+    write_manifest(bundle_copy.folder, replace(bundle_copy.manifest, engines=[engine]))
+    with pytest.raises(BundleError, match=r"graphs/other\.onnx has SHA-256"):
+        load_engine(open_bundle(bundle_copy.folder))
+
+
+def test_golden_vectors_of_another_length_are_refused(bundle: Bundle) -> None:
+    class Tripled:
+        name, precision, fingerprint = "x", "fp32", ""
+
+        def run(self, batch: Batch) -> NDArray[np.float32]:
+            return 3 * expected.embeddings
+
+        def close(self) -> None:
+            pass
+
+    expected = golden.load(bundle)
+    with pytest.raises(UnverifiedError, match=r"length is off by 2\.0e\+00"):
+        golden.check_engine(Tripled(), expected, 0)

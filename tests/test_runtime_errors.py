@@ -29,6 +29,7 @@ TABLE = {
     "BundleError": ("FAILED_PRECONDITION", 500),
     "UnverifiedError": ("FAILED_PRECONDITION", 500),
     "EngineError": ("INTERNAL", 500),
+    "NotExecutableError": ("INTERNAL", 500),
 }
 
 

@@ -1,0 +1,97 @@
+"""The probe measures what the stock model computes, resumes wherever it was cut, and knows its cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from export.checkpoint import Checkpoint
+from export.probe import probe
+from export.reference import Reference
+from runtime.bundle import Bundle
+from runtime.errors import InputError
+
+SEQUENCES = [[11, 12, 13, 15986], [200, 15986], [*list(range(300, 340)), 15986]]
+
+
+class CutError(Exception):
+    pass
+
+
+def test_maxima_are_those_of_the_stock_model(
+    bundle: Bundle, checkpoint: Checkpoint, reference: Reference, tmp_path: Path
+) -> None:
+    statistics = probe(bundle.path("graphs/fp32.onnx"), "x", checkpoint.config, SEQUENCES, cache=tmp_path)
+    seen: dict[str, list[torch.Tensor]] = {}
+    hooks = []
+    for name, module in reference._model.named_modules():
+        if name.endswith(("_proj", "embed_tokens", "layernorm")):
+            hooks.append(module.register_forward_hook(lambda m, i, o, n=name: seen.setdefault(n, []).append(o[0])))
+    for ids in SEQUENCES:
+        reference.hidden(ids)
+    for hook in hooks:
+        hook.remove()
+    # In the last layer the graph computes some of these for the pooled token only.
+    for name in [n for n in seen if not n.startswith("layers.3.")]:
+        expected = torch.cat(seen[name]).abs().amax(dim=0).numpy()
+        np.testing.assert_allclose(statistics.absmax(name), expected, rtol=1e-3, atol=1e-4, err_msg=name)
+    assert statistics.tokens == sum(map(len, SEQUENCES))
+
+
+@pytest.mark.parametrize("cut", ["embed_tokens", "layer 0", "layer 2", "layer 3", "the end"])
+def test_interrupted_probe_resumes(
+    bundle: Bundle, checkpoint: Checkpoint, tmp_path: Path, cut: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = bundle.path("graphs/fp32.onnx")
+    whole = probe(graph, "x", checkpoint.config, SEQUENCES, cache=tmp_path / "whole")
+    labels: list[str] = []
+
+    def strike(label: str, done: int, total: int) -> None:
+        if label == f"probe: {cut}" and done == 1:
+            raise CutError
+
+    with monkeypatch.context() as patch:
+        if cut == "the end":  # all layers are done, the result is not written
+
+            def fail(parts: object) -> None:
+                raise CutError
+
+            patch.setattr("export.probe.merge", fail)
+        with pytest.raises(CutError):
+            probe(graph, "x", checkpoint.config, SEQUENCES, cache=tmp_path / "cut", progress=strike)
+    again = probe(
+        graph,
+        "x",
+        checkpoint.config,
+        SEQUENCES,
+        cache=tmp_path / "cut",
+        progress=lambda label, *_: labels.append(label),
+    )
+    assert whole.largest.keys() == again.largest.keys()
+    for name, values in whole.largest.items():
+        np.testing.assert_array_equal(values, again.largest[name])
+    finished = {"layer 2": "probe: layer 1", "layer 3": "probe: layer 2", "the end": "probe: layer 3"}
+    if cut in finished:
+        assert finished[cut] not in labels  # it went on, it did not begin again
+    labels.clear()
+    probe(
+        graph,
+        "x",
+        checkpoint.config,
+        SEQUENCES,
+        cache=tmp_path / "cut",
+        progress=lambda label, *_: labels.append(label),
+    )
+    assert labels == []  # the second time it is read from the cache
+
+
+def test_other_texts_or_weights_are_another_probe(bundle: Bundle, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    graph = bundle.path("graphs/fp32.onnx")
+    for sha256, sequences in (("x", SEQUENCES), ("y", SEQUENCES), ("x", SEQUENCES[:2])):
+        probe(graph, sha256, checkpoint.config, sequences, cache=tmp_path)
+    assert len(list((tmp_path / "probe").iterdir())) == 3
+    with pytest.raises(InputError, match="no calibration texts"):
+        probe(graph, "x", checkpoint.config, [], cache=tmp_path)
