@@ -33,10 +33,13 @@ def _export_extra() -> Iterator[None]:
 def export_command(
     model: Annotated[str, typer.Argument(help="Folder of a checkpoint, or a hub id (OWNER/NAME).")],
     out: BundleOption,
-    precision: Annotated[str, typer.Option(help="Comma-separated: fp32, fp16, bf16.")] = "fp32",
+    precision: Annotated[str, typer.Option(help="Comma-separated: fp32, fp16, bf16, int8.")] = "fp32",
     calibration: Annotated[
         Path | None, typer.Option(help="Your own calibration texts (JSON lines or plain text) in place of the shipped.")
     ] = None,
+    int8_budget: Annotated[
+        float, typer.Option(help="Part of the matrix work that must stay INT8; the rest may be left out.")
+    ] = 0.9,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
 ) -> None:
     """Turn a checkpoint into a bundle: ONNX graphs with pooling inside. Prove it with `f2rt parity`."""
@@ -62,6 +65,7 @@ def export_command(
                 precisions,
                 lambda step, done: bars.update(step.label, done, step.total),
                 calibration=texts,
+                int8_budget=int8_budget,
             )
         contract = bundle.manifest.contract
         screen.print(

@@ -19,11 +19,16 @@ rotation and the final normalization stay float32: Qwen3's residual stream reach
 not fit float16. Attention is Cast(q, k, v to float32) -> Attention -> Cast, which TensorRT compiles to a narrow kernel
 that accumulates in float32. A `RescalePlan` moves powers of two between neighbours, see `export.rescale`.
 
+In INT8 all matrices are int8 with a scale per output channel, and the inputs a `QuantizationPlan` names are rounded
+(QuantizeLinear, DequantizeLinear) where they are made, once for all products that read them. Everything else is as in
+fp16, or in float32 for ONNX Runtime on CPU, which fuses the integer products only for uint8 activations.
+
 Shapes: B batch, S sequence, H heads, K kv heads, D head dim, N hidden.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,11 +37,13 @@ from numpy.typing import NDArray
 
 from export.config import EncoderConfig
 from export.external_data import DataLayout
+from export.int8 import QuantizationPlan
 from export.precision import DATA_TYPES, Precision
 from export.rescale import RescalePlan
 
 OPSET = 23
 IR_VERSION = 11
+_SCALE_TYPES = (ir.DataType.FLOAT16, ir.DataType.FLOAT)
 OUTPUT = "sentence_embedding"  # `embedding` clashes with a name inside the model and makes it invalid
 
 
@@ -47,12 +54,18 @@ def build_encoder(
     producer_version: str,
     precision: Precision = Precision.FP32,
     plan: RescalePlan | None = None,
+    quantization: QuantizationPlan | None = None,
+    twin: bool = False,
 ) -> ir.Model:
     """Return the graph on `layout`. Inputs int64 [batch, sequence], output float32 [batch, N], unit length.
 
-    With a plan the graph computes the same function from shifted weights, in any precision.
+    With a plan the graph computes the same function from shifted weights, in any precision. `quantization`, with its
+    own plan, is for INT8; `twin` asks for the form of ONNX Runtime on CPU, on the same layout and the same data.
     """
-    builder = _Builder(config, layout, DATA_TYPES[precision], plan or RescalePlan())
+    stored = DATA_TYPES[precision]
+    plan = plan or (quantization.rescale if quantization else RescalePlan())
+    types = _Types(stored, ir.DataType.FLOAT if twin else stored, ir.DataType.UINT8 if twin else ir.DataType.INT8)
+    builder = _Builder(config, layout, types, plan, quantization)
     output = builder.encoder()
     graph = ir.Graph(
         [builder.input_ids, builder.attention_mask],
@@ -76,14 +89,33 @@ def rotary_tables(config: EncoderConfig) -> tuple[NDArray[np.float32], NDArray[n
     return np.cos(angles), np.sin(angles)
 
 
+@dataclass(frozen=True)
+class _Types:
+    """Data types of the graph: of weights as stored, of matrix products, and of activations rounded to 8 bits."""
+
+    stored: ir.DataType
+    narrow: ir.DataType
+    rounded: ir.DataType
+
+
 class _Builder:
     """The state of one graph under construction."""
 
-    def __init__(self, config: EncoderConfig, layout: DataLayout, narrow: ir.DataType, plan: RescalePlan) -> None:
+    def __init__(
+        self,
+        config: EncoderConfig,
+        layout: DataLayout,
+        types: _Types,
+        plan: RescalePlan,
+        quantization: QuantizationPlan | None,
+    ) -> None:
         self.config = config
         self.layout = layout
-        self.narrow_type = narrow
+        self.types = types
+        self.narrow_type = types.narrow
         self.plan = plan
+        self.scales = quantization.scales if quantization else {}
+        self.weight_scales = quantization.weight_scales if quantization else {}
         self.shapes = config.weight_shapes()
         self.tape = ir.tape.Tape()
         self.initializers: dict[str, ir.Value] = {}
@@ -97,19 +129,20 @@ class _Builder:
         value = self.layout.weight(name, shape, transposed=transposed, dtype=dtype, shift=shift)
         return self.initializers.setdefault(str(value.name), value)
 
-    def float_scalar(self, name: str, number: float) -> ir.Value:
-        """A float32 scalar, kept inside the model file."""
-        tensor = ir.tensor(np.array(number, np.float32), name=name)
-        value = ir.Value(name=name, shape=ir.Shape([]), type=ir.TensorType(ir.DataType.FLOAT), const_value=tensor)
-        return self.initializers.setdefault(name, value)
+    def scalar(self, name: str, number: float, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
+        """A scalar, kept inside the model file; equal names share one."""
+        return self.small(name, np.array(number, dtype.numpy()))
 
     def ints(self, name: str, values: list[int] | int) -> ir.Value:
         """A small int64 constant, kept inside the model file; equal names share one."""
+        return self.small(name, np.array(values, np.int64))
+
+    def small(self, name: str, array: NDArray[Any]) -> ir.Value:
+        """A small constant, kept inside the model file; equal names share one."""
         if name not in self.initializers:
-            array = np.array(values, np.int64)
-            kind = ir.TensorType(ir.DataType.INT64)
             tensor = ir.tensor(array, name=name)
-            self.initializers[name] = ir.Value(name=name, shape=ir.Shape(array.shape), type=kind, const_value=tensor)
+            kind = ir.TensorType(tensor.dtype)
+            self.initializers[name] = ir.Value(name=name, shape=tensor.shape, type=kind, const_value=tensor)
         return self.initializers[name]
 
     def op(self, kind: str, name: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
@@ -137,15 +170,46 @@ class _Builder:
         x, exponent = self.widen(x, name), self.plan.exponent(name)
         if exponent == 0:
             return x
-        return self.op("Mul", f"{name}.unscale", x, self.float_scalar(f"{name}.scale", 2.0**exponent))
+        return self.op("Mul", f"{name}.unscale", x, self.scalar(f"{name}.scale", 2.0**exponent))
 
     def norm(self, x: ir.Value, name: str, epsilon: float | None = None) -> ir.Value:
         epsilon = self.config.rms_norm_eps if epsilon is None else epsilon
         return self.op("RMSNormalization", name, x, self.weight(f"{name}.weight"), axis=-1, epsilon=epsilon)
 
     def linear(self, x: ir.Value, name: str) -> ir.Value:
-        """Multiply a narrow value with a narrow matrix; the result is narrow."""
+        """Multiply a value made by `feed` with a matrix; the result is narrow."""
+        if f"{name}.weight" in self.weight_scales:
+            return self.op("MatMul", name, x, self.int8_matrix(f"{name}.weight"))
         return self.op("MatMul", name, x, self.weight(f"{name}.weight", transposed=True, dtype=self.narrow_type))
+
+    def int8_matrix(self, name: str) -> ir.Value:
+        """An int8 matrix [in, out] with a scale per output channel, widened to the narrow type."""
+        scales = self.weight_scales[name]
+        shape, shift = self.shapes[name], self.plan.shift(name)
+        matrix = self.layout.weight(
+            name, shape, transposed=True, dtype=ir.DataType.INT8, shift=shift, scales=scales
+        )
+        # Both types of the same numbers lie in the data file, so that either twin finds its own.
+        placed = {t: self.layout.constant(f"{name}.scale.{t.name}", scales, t) for t in _SCALE_TYPES}
+        for value in (matrix, placed[self.narrow_type]):
+            self.initializers.setdefault(str(value.name), value)
+        return self.op("DequantizeLinear", f"{name}.wide", matrix, placed[self.narrow_type], axis=1)
+
+    def feed(self, x: ir.Value, name: str, *, wide: bool, label: str | None = None) -> ir.Value:
+        """Prepare the input called `name` of matrix products: rounded to INT8 or narrowed; `wide` says x is float32.
+
+        `label` names the nodes where the same input is prepared twice.
+        """
+        label = label or name
+        if name not in self.scales:
+            return self.narrow(x, label) if wide else x
+        source = ir.DataType.FLOAT if wide else self.narrow_type
+        scale = self.scalar(f"{name}.scale.{source.name}", self.scales[name], source)
+        zero = 128 if self.types.rounded == ir.DataType.UINT8 else 0
+        zero_point = self.scalar(f"zero_point.{self.types.rounded.name}", zero, self.types.rounded)
+        rounded = self.op("QuantizeLinear", f"{label}.rounded", x, scale, zero_point)
+        scale = self.scalar(f"{name}.scale.{self.narrow_type.name}", self.scales[name], self.narrow_type)
+        return self.op("DequantizeLinear", f"{label}.grid", rounded, scale, zero_point)
 
     def rotated_heads(self, x: ir.Value, attention: str, side: str, heads: int, position_ids: ir.Value) -> ir.Value:
         """Project, normalize per head and rotate: [B, S, N] narrow -> [B, S, heads x D] float32."""
@@ -182,7 +246,7 @@ class _Builder:
         sigmoid = self.op("Sigmoid", f"{layer}.mlp.sigmoid", gate)
         silu = self.op("Mul", f"{layer}.mlp.silu", gate, sigmoid)
         gated = self.op("Mul", f"{layer}.mlp.gated", silu, up)
-        gated = self.narrow(gated, f"{layer}.mlp.gated") if rescued else gated
+        gated = self.feed(gated, f"{layer}.mlp.gated", wide=rescued)
         return self.linear(gated, f"{layer}.mlp.down_proj")
 
     def layer(self, x: ir.Value, index: int) -> ir.Value:
@@ -190,26 +254,32 @@ class _Builder:
         c, layer = self.config, f"layers.{index}"
         attention = f"{layer}.self_attn"
         last = index == c.layers - 1
-        normed = self.narrow(self.norm(x, f"{layer}.input_layernorm"), f"{layer}.input_layernorm")
+        wide, name = self.norm(x, f"{layer}.input_layernorm"), f"{layer}.input_layernorm"
+        normed = self.feed(wide, name, wide=True)
         queried, query_positions = normed, self.position_ids
         if last:
             x = self.op("GatherND", "pool.residual", x, self.last_index, batch_dims=1)
-            queried = self.op("GatherND", "pool.query", normed, self.last_index, batch_dims=1)
+            # Rounded after it was gathered: a product and its rounding must stand side by side to be fused.
+            pooled = self.op("GatherND", "pool.query", wide, self.last_index, batch_dims=1)
+            queried = self.feed(pooled, name, wide=True, label="pool.query")
             query_positions = self.last_position
         q = self.rotated_heads(queried, attention, "q", c.heads, query_positions)
         k = self.rotated_heads(normed, attention, "k", c.kv_heads, self.position_ids)
         v = self.linear(normed, f"{attention}.v_proj")
-        mixed = self.attention(q, k, v, attention, last=last)
+        mixed = self.feed(self.attention(q, k, v, attention, last=last), attention, wide=False)
         projected = self.true(self.linear(mixed, f"{attention}.o_proj"), f"{attention}.o_proj")
         x = self.op("Add", f"{attention}.residual", x, projected)
         normed = self.norm(x, f"{layer}.post_attention_layernorm")
-        grown = self.mlp(self.narrow(normed, f"{layer}.post_attention_layernorm"), layer)
+        grown = self.mlp(self.feed(normed, f"{layer}.post_attention_layernorm", wide=True), layer)
         return self.op("Add", f"{layer}.mlp.residual", x, self.true(grown, f"{layer}.mlp.down_proj"))
 
     def encoder(self) -> ir.Value:
         self._shared()
-        table = self.weight("embed_tokens.weight", dtype=self.narrow_type)
-        x = self.true(self.op("Gather", "embed_tokens", table, self.input_ids), "embed_tokens")
+        table = self.weight("embed_tokens.weight", dtype=self.types.stored)
+        tokens = self.op("Gather", "embed_tokens", table, self.input_ids)
+        if self.types.stored != self.narrow_type:
+            tokens = self.op("Cast", "embed_tokens.cast", tokens, to=self.narrow_type)
+        x = self.true(tokens, "embed_tokens")
         for index in range(self.config.layers):
             x = self.layer(x, index)
         pooled = self.op("Squeeze", "pool", self.norm(x, "norm"), self.ints("axis.1", [1]))

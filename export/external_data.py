@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -30,13 +31,20 @@ _BLOCK = 256  # rows and columns of a transposition block; both sides then fit t
 
 @dataclass(frozen=True)
 class Shift:
-    """Powers of two a tensor of the checkpoint is multiplied with: exponents per row and per column, int64.
+    """What a tensor of the checkpoint is multiplied with, per row and per column.
 
-    A matrix [out, in] takes both; a vector takes `rows` alone.
+    Exponents of two (`rows`, `columns`, int64) are exact; `row_factors` and `column_factors` are any float32 numbers.
+    A matrix [out, in] takes both; a vector takes rows alone.
     """
 
     rows: NDArray[np.int64] | None = None
     columns: NDArray[np.int64] | None = None
+    row_factors: NDArray[np.float32] | None = None
+    column_factors: NDArray[np.float32] | None = None
+
+    def apply(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Multiply a whole tensor, [out, in] or a vector, float32."""
+        return _multiplied(values, (self.rows, self.row_factors), (self.columns, self.column_factors))
 
 
 NO_SHIFT = Shift()
@@ -44,7 +52,10 @@ NO_SHIFT = Shift()
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor in the file: `shape` of `dtype` at `offset`, from `source` (transposed or not) or from `values`."""
+    """One tensor in the file: `shape` of `dtype` at `offset`, from `source` (transposed or not) or from `values`.
+
+    `scales`, for INT8, divide the columns of a transposed matrix before it is rounded: float32 [shape[1]].
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -54,6 +65,7 @@ class Entry:
     values: NDArray[np.float32] | None
     dtype: ir.DataType = ir.DataType.FLOAT
     shift: Shift = NO_SHIFT
+    scales: NDArray[np.float32] | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -63,11 +75,12 @@ class Entry:
 
 @dataclass
 class DataLayout:
-    """The plan of one external data file called `location`."""
+    """The plan of one external data file called `location`. Graphs built on one layout share its tensors by name."""
 
     location: str
     entries: list[Entry] = field(default_factory=list)
     end: int = 0
+    _placed: dict[str, Entry] = field(default_factory=dict)
 
     def weight(
         self,
@@ -77,14 +90,17 @@ class DataLayout:
         transposed: bool = False,
         dtype: ir.DataType = ir.DataType.FLOAT,
         shift: Shift = NO_SHIFT,
+        scales: NDArray[np.float32] | None = None,
     ) -> ir.Value:
         """Place a tensor of the checkpoint; `shape` is the stored one, a transposed matrix becomes [in, out]."""
         name, placed = (f"{source}.transposed", (shape[1], shape[0])) if transposed else (source, shape)
-        return self._place(Entry(name, placed, self._next_offset(), source, transposed, None, dtype, shift))
+        return self._place(Entry(name, placed, self._next_offset(), source, transposed, None, dtype, shift, scales))
 
-    def constant(self, name: str, values: NDArray[np.float32]) -> ir.Value:
-        """Place a computed float32 tensor."""
-        return self._place(Entry(name, values.shape, self._next_offset(), None, False, values))
+    def constant(
+        self, name: str, values: NDArray[np.float32], dtype: ir.DataType = ir.DataType.FLOAT
+    ) -> ir.Value:
+        """Place a computed tensor, float32 or rounded to `dtype`."""
+        return self._place(Entry(name, values.shape, self._next_offset(), None, False, values, dtype))
 
     @property
     def size_bytes(self) -> int:
@@ -95,8 +111,12 @@ class DataLayout:
         return -(-self.end // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
     def _place(self, entry: Entry) -> ir.Value:
-        self.entries.append(entry)
-        self.end = entry.offset + entry.size_bytes
+        if entry.name in self._placed:
+            entry = self._placed[entry.name]
+        else:
+            self._placed[entry.name] = entry
+            self.entries.append(entry)
+            self.end = entry.offset + entry.size_bytes
         shape = ir.Shape(entry.shape)
         tensor = ir.ExternalTensor(
             self.location, entry.offset, entry.size_bytes, entry.dtype, shape=shape, name=entry.name
@@ -144,15 +164,17 @@ def _bytes(layout: DataLayout, weights: Weights) -> Iterator[memoryview]:
 def _chunks(entry: Entry, weights: Weights) -> Iterator[NDArray[np.generic]]:
     """Yield the entry's values in file order, C-contiguous, in its dtype."""
     if entry.values is not None:
-        yield np.ascontiguousarray(entry.values, np.float32)
+        yield _narrow(entry, np.ascontiguousarray(entry.values, np.float32))
         return
     assert entry.source is not None
+    shift = entry.shift
     if entry.transposed:
         matrix = weights.read(entry.source)
         for start in range(0, entry.shape[0], _BLOCK):
             stop = min(start + _BLOCK, entry.shape[0])
             rows = _transposed_rows(matrix, start, stop)
-            yield _narrow(entry, _shifted(rows, _part(entry.shift.columns, start, stop), entry.shift.rows))
+            columns = _part(shift.columns, start, stop), _part(shift.column_factors, start, stop)
+            yield _narrow(entry, _multiplied(rows, columns, (shift.rows, shift.row_factors)))
         return
     row_values = int(np.prod(entry.shape[1:]))
     # A slice of a mapped file costs an open; several chunks share one.
@@ -161,23 +183,28 @@ def _chunks(entry: Entry, weights: Weights) -> Iterator[NDArray[np.generic]]:
         step = max(1, _CHUNK_VALUES // row_values)
         for start in range(0, len(piece), step):
             rows = to_float32(piece[start : start + step])
-            shift = _part(entry.shift.rows, first + start, first + start + len(rows))
-            yield _narrow(entry, _shifted(rows, shift, entry.shift.columns))
+            here = first + start, first + start + len(rows)
+            parts = _part(shift.rows, *here), _part(shift.row_factors, *here)
+            yield _narrow(entry, _multiplied(rows, parts, (shift.columns, shift.column_factors)))
         first += len(piece)
 
 
-def _part(exponents: NDArray[np.int64] | None, start: int, stop: int) -> NDArray[np.int64] | None:
-    return None if exponents is None else exponents[start:stop]
+_Side = tuple[NDArray[np.int64] | None, NDArray[np.float32] | None]
+_Numbers = TypeVar("_Numbers", NDArray[np.int64], NDArray[np.float32])
 
 
-def _shifted(
-    values: NDArray[np.float32], rows: NDArray[np.int64] | None, columns: NDArray[np.int64] | None
-) -> NDArray[np.float32]:
-    """Multiply by powers of two: exact, as long as nothing leaves float32's range."""
-    if rows is not None:
-        values = np.ldexp(values, rows.reshape(-1, *[1] * (values.ndim - 1)).astype(np.int32))
-    if columns is not None:
-        values = np.ldexp(values, columns[None, :].astype(np.int32))
+def _part(numbers: _Numbers | None, start: int, stop: int) -> _Numbers | None:
+    return None if numbers is None else numbers[start:stop]
+
+
+def _multiplied(values: NDArray[np.float32], rows: _Side, columns: _Side) -> NDArray[np.float32]:
+    """Multiply by factors, then by powers of two: the latter is exact, as long as nothing leaves float32's range."""
+    for numbers, shape in ((rows, (-1, *[1] * (values.ndim - 1))), (columns, (1, -1))):
+        exponents, factors = numbers
+        if factors is not None:
+            values = values * factors.reshape(shape)
+        if exponents is not None:
+            values = np.ldexp(values, exponents.reshape(shape).astype(np.int32))
     return values
 
 
@@ -199,6 +226,8 @@ def _narrow(entry: Entry, chunk: NDArray[np.float32]) -> NDArray[np.generic]:
         )
     if entry.dtype == ir.DataType.FLOAT:
         return np.ascontiguousarray(chunk)
+    if entry.scales is not None:  # the scales were chosen so that nothing is cut off
+        return np.clip(np.rint(chunk / entry.scales), -127, 127).astype(np.int8)
     with np.errstate(over="ignore"):
         narrow = chunk.astype(entry.dtype.numpy())
     if entry.dtype == ir.DataType.FLOAT16 and not np.isfinite(narrow).all():

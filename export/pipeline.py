@@ -14,13 +14,16 @@ from pathlib import Path
 import onnx_ir as ir
 
 import runtime
+from calibration.statistics import Statistics
 from calibration.texts import Text, calibration_texts, texts_sha256
 from export.checkpoint import Checkpoint
 from export.conventions import TOKENIZER
 from export.encoder import OPSET, build_encoder
 from export.external_data import DataLayout, write
+from export.int8 import QuantizationPlan
 from export.precision import Precision
 from export.probe import probe
+from export.quantize import DEFAULT_BUDGET, check_budget, plan_int8
 from export.rescale import RescalePlan, plan_rescaling
 from export.weights import absmax
 from runtime.bundle import (
@@ -41,7 +44,8 @@ from runtime.files import staged_folder
 from runtime.tokenizer import Instruction, TextTokenizer
 
 # bf16 matrices have no kernel in ONNX Runtime on CPU: that graph is for builders.
-_ONNXRUNTIME_PRECISIONS = (Precision.FP32, Precision.FP16)
+_ONNXRUNTIME_PRECISIONS = (Precision.FP32, Precision.FP16, Precision.INT8)
+TWIN = "graphs/int8-uint8.onnx"
 _VERSIONED = ["ml-dtypes", "numpy", "onnx-ir", "onnxruntime", "safetensors", "tokenizers"]
 
 
@@ -63,14 +67,16 @@ def export_bundle(
     progress: Progress = lambda step, done: None,
     *,
     calibration: Sequence[Text] | None = None,
+    int8_budget: float = DEFAULT_BUDGET,
 ) -> Bundle:
     """Write a bundle to `folder`, replacing the bundle there in one step.
 
-    The narrow precisions are shaped by the activations of `calibration`, by default the shipped calibration texts.
-    Raises CheckpointError for weights that cannot be used, OutputError when the folder cannot be written or holds
+    The narrow precisions are shaped by the activations of `calibration`, by default the shipped calibration texts;
+    `int8_budget` is the part of the matrix work that INT8 must keep. Raises CheckpointError for weights that cannot be used, OutputError when the folder cannot be written or holds
     something that is not a bundle. Until the last moment the old bundle is untouched.
     """
     _check_target(folder)
+    check_budget(int8_budget)
     source_bytes = sum(f.stat().st_size for f in checkpoint.weights.files)
     hashing = Step("hash the source", source_bytes)
     progress(hashing, 0)
@@ -80,7 +86,7 @@ def export_bundle(
         shutil.copyfile(checkpoint.folder / TOKENIZER, staging / TOKENIZER)
         tokenizer = record_file(staging, TOKENIZER)
         content = content_fingerprint(checkpoint.contract, tokenizer, source)
-        graphs = write_graphs(checkpoint, staging, precisions, progress, calibration)
+        graphs = write_graphs(checkpoint, staging, precisions, progress, calibration, int8_budget)
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
             fingerprint=content,
@@ -104,30 +110,42 @@ def write_graphs(
     precisions: list[Precision],
     progress: Progress,
     calibration: Sequence[Text] | None,
+    int8_budget: float = DEFAULT_BUDGET,
 ) -> list[GraphRecord]:
     """Write the graphs of all precisions under `root`; probes the fp32 graph when one of them is narrow."""
     fp32 = write_graph(checkpoint, root, Precision.FP32, progress)
     if precisions == [Precision.FP32]:
         return [fp32]
     texts = calibration_texts() if calibration is None else calibration
-    plan = rescale_plan(checkpoint, root, fp32, texts, progress)
+    measured = measure(checkpoint, root, fp32, texts, progress)
     graphs = []
     for precision in precisions:
         if precision is Precision.FP32:
             graphs.append(fp32)
-            continue
-        graph = write_graph(checkpoint, root, precision, progress, plan)
-        graphs.append(replace(graph, rescaling=plan.lines, calibration_sha256=texts_sha256(texts)))
+        elif precision is Precision.INT8:
+            graphs.append(write_int8_graphs(checkpoint, root, fp32, measured, int8_budget, progress))
+        else:
+            plan = rescale_plan(checkpoint, measured)
+            graphs.append(replace(write_graph(checkpoint, root, precision, progress, plan), rescaling=plan.lines))
+    graphs = [g if g is fp32 else replace(g, calibration_sha256=texts_sha256(texts)) for g in graphs]
     if Precision.FP32 not in precisions:
         for record in (fp32.model, fp32.data):
             (root / record.file).unlink()
     return graphs
 
 
-def rescale_plan(
+@dataclass(frozen=True)
+class Measured:
+    """Calibration texts as token ids, EOS included, and what the probe measured on them."""
+
+    sequences: list[list[int]]
+    statistics: Statistics
+
+
+def measure(
     checkpoint: Checkpoint, root: Path, fp32: GraphRecord, texts: Sequence[Text], progress: Progress
-) -> RescalePlan:
-    """Probe the fp32 graph on `texts` and decide what FP16 needs. Raises InputError, EngineError, OutputError."""
+) -> Measured:
+    """Probe the fp32 graph on `texts`. Raises InputError, EngineError, OutputError."""
     contract = checkpoint.contract
     tokenizer = TextTokenizer(root / TOKENIZER, contract)
     rendered = [contract.prompts.get(text.prompt or "", "") + text.text for text in texts]
@@ -139,19 +157,59 @@ def rescale_plan(
         sequences,
         progress=lambda label, done, total: progress(Step(label, total), done),
     )
-    return plan_rescaling(checkpoint.config, statistics, functools.cache(lambda n: absmax(checkpoint.weights, n)))
+    return Measured(sequences, statistics)
+
+
+def rescale_plan(checkpoint: Checkpoint, measured: Measured) -> RescalePlan:
+    """Decide what FP16 needs."""
+    largest = functools.cache(lambda name: absmax(checkpoint.weights, name))
+    return plan_rescaling(checkpoint.config, measured.statistics, largest)
+
+
+def write_int8_graphs(
+    checkpoint: Checkpoint, root: Path, fp32: GraphRecord, measured: Measured, budget: float, progress: Progress
+) -> GraphRecord:
+    """Write graphs/int8.onnx, its twin graphs/int8-uint8.onnx and the data of both. Raises as `plan_int8` does."""
+    quantization = plan_int8(
+        checkpoint.config,
+        checkpoint.weights,
+        measured.statistics,
+        root / fp32.model.file,
+        measured.sequences,
+        budget=budget,
+        progress=lambda label, done, total: progress(Step(label, total), done),
+    )
+    graph = write_graph(checkpoint, root, Precision.INT8, progress, quantization=quantization)
+    return replace(graph, rescaling=quantization.rescale.lines, quantization=quantization.record)
 
 
 def write_graph(
-    checkpoint: Checkpoint, root: Path, precision: Precision, progress: Progress, plan: RescalePlan | None = None
+    checkpoint: Checkpoint,
+    root: Path,
+    precision: Precision,
+    progress: Progress,
+    plan: RescalePlan | None = None,
+    quantization: QuantizationPlan | None = None,
 ) -> GraphRecord:
-    """Write graphs/<precision>.onnx and its data under `root`. Raises CheckpointError, OSError."""
+    """Write graphs/<precision>.onnx and its data, and for INT8 the twin, under `root`.
+
+    Raises CheckpointError, OSError.
+    """
     model_file, data_file = f"graphs/{precision}.onnx", f"graphs/{precision}.onnx.data"
     (root / "graphs").mkdir(exist_ok=True)
     layout = DataLayout(Path(data_file).name)
-    model = build_encoder(
-        checkpoint.config, layout, producer_version=runtime.__version__, precision=precision, plan=plan
+    build = functools.partial(
+        build_encoder,
+        checkpoint.config,
+        layout,
+        producer_version=runtime.__version__,
+        precision=precision,
+        plan=plan,
+        quantization=quantization,
     )
+    models = {model_file: build()}
+    if quantization is not None:
+        models[TWIN] = build(twin=True)
     step = Step(f"write the {precision} graph", layout.size_bytes)
     done = 0
 
@@ -161,21 +219,27 @@ def write_graph(
         progress(step, done)
 
     data_sha256 = write(layout, checkpoint.weights, root / data_file, advance)
-    ir.save(model, root / model_file)
+    for file, model in models.items():
+        ir.save(model, root / file)
     return GraphRecord(
-        precision, record_file(root, model_file), record_file(root, data_file, sha256=data_sha256), OPSET
+        precision,
+        record_file(root, model_file),
+        record_file(root, data_file, sha256=data_sha256),
+        OPSET,
+        twin=record_file(root, TWIN) if quantization is not None else None,
     )
 
 
 def onnxruntime_engine(content: str, graph: GraphRecord) -> EngineRecord:
-    """Return the record of the engine that needs no build: ONNX Runtime on the graph itself."""
+    """Return the record of the engine that needs no build: ONNX Runtime on the graph itself, for INT8 on its twin."""
+    model = graph.twin or graph.model
     return EngineRecord(
         name=f"onnxruntime:{graph.precision}",
         backend="onnxruntime",
         precision=graph.precision,
-        file=graph.model.file,
-        sha256=graph.model.sha256,
-        fingerprint=engine_fingerprint(content, graph, "onnxruntime", graph.model.sha256),
+        file=model.file,
+        sha256=model.sha256,
+        fingerprint=engine_fingerprint(content, graph, "onnxruntime", model.sha256),
         builder={"f2rt": runtime.__version__},
         flags=[f"opset {graph.opset}"],
         calibration_sha256=graph.calibration_sha256,

@@ -3,6 +3,9 @@
 It executes the very graph that parity proves against PyTorch, cut between layers, so it needs the memory of one layer
 and of the texts' residual streams, never of the model. Each text runs alone, unpadded: there are no pads to exclude.
 What a layer found is kept in a cache under the hash of weights and texts; an interrupted probe resumes.
+
+Of each matrix product's input some rows are kept as well, for choosing INT8 scales on: of every text the last token,
+the row with the largest magnitude, and a few others.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +22,9 @@ import onnx_ir as ir
 import onnxruntime
 from numpy.typing import NDArray
 
-from calibration.statistics import Statistics, merge, pack, unpack
+from calibration.statistics import Rows, Statistics, merge, pack, pack_rows, percentiles_of, unpack
 from export.config import EncoderConfig
+from export.encoder import IR_VERSION
 from runtime.errors import EngineError, InputError, OutputError
 from runtime.files import explain_write_errors, write_atomic
 
@@ -43,6 +48,16 @@ _LAYER_TENSORS = (
     "mlp.down_proj",
     "mlp.residual",
 )
+# The inputs of matrix products, of which rows are kept.
+INPUTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp.gated")
+# What the last layer computes for the pooled token only.
+_POOLED = frozenset(_LAYER_TENSORS) - {
+    *("input_layernorm", "self_attn.k_proj", "self_attn.v_proj", "self_attn.k_norm.rotary"),
+}
+POSITIONS = "probe.positions"
+_SAMPLED_TOKENS = 3  # of each text: the last one and two others
+_KEPT_PEAKS = 64
+_KEPT_VALUES = 4 << 20  # of one tensor: 8 MB on disk
 
 
 def cache_folder() -> Path:
@@ -69,17 +84,15 @@ def probe(
         raise InputError("there are no calibration texts.", cure="Give at least one.")
     folder = (cache or cache_folder()) / "probe" / _key(graph_sha256, sequences)
     finished = folder / "statistics.npz"
-    if finished.is_file():
-        return unpack(finished.read_bytes())
-    run = _Probe(graph, config, sequences, folder, progress)
-    statistics = run.statistics()
-    write_atomic(finished, pack(statistics))
-    shutil.rmtree(folder / "layers", ignore_errors=True)
-    return statistics
+    if not finished.is_file():
+        run = _Probe(graph, config, sequences, folder, progress)
+        write_atomic(finished, pack(run.statistics()))
+        shutil.rmtree(folder / "layers", ignore_errors=True)
+    return replace(unpack(finished.read_bytes()), rows_folder=folder / "rows")
 
 
 def _key(graph_sha256: str, sequences: Sequence[Sequence[int]]) -> str:
-    digest = hashlib.sha256(b"probe 1 " + graph_sha256.encode())
+    digest = hashlib.sha256(b"probe 2 " + graph_sha256.encode())
     for ids in sequences:
         digest.update(np.array([len(ids), *ids], "<i8").tobytes())
     return digest.hexdigest()[:32]
@@ -101,7 +114,9 @@ class _Probe:
         self._sequences = [np.array([ids], np.int64) for ids in sequences]
         self._offsets = np.cumsum([0, *map(len, sequences)])
         self._layers = folder / "layers"
+        self._rows = folder / "rows"
         self._progress = progress
+        self._positions = [_sampled_positions(row, len(ids)) for row, ids in enumerate(sequences)]
 
     def statistics(self) -> Statistics:
         parts: list[Statistics] = []
@@ -135,25 +150,44 @@ class _Probe:
     def _run(
         self, label: str, starts: list[str], names: list[str], end: str, streams: Streams
     ) -> tuple[Statistics, Streams]:
-        """Run one piece of the graph over all texts; per channel maxima of `names`, and the output of `end`."""
+        """Run one piece of the graph over all texts; measure `names`, keep rows, return the output of `end`."""
         session = _session(self._graph, starts, names, end)
         wanted = {value.name for value in session.get_inputs()}
         largest: dict[str, NDArray[np.float32]] = {}
+        rows: dict[str, list[NDArray[np.float32]]] = {name: [] for name in names}
         outputs: Streams = []
         for row, ids in enumerate(self._sequences):
             self._progress(f"probe: {label}", row, len(self._sequences))
             feeds: dict[str, NDArray[np.generic]] = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+            feeds[POSITIONS] = self._positions[row]
             for name in starts:
                 feeds[name] = streams[row]
-            stream, *maxima = session.run(None, {k: v for k, v in feeds.items() if k in wanted})
+            stream, *measured = session.run(None, {k: v for k, v in feeds.items() if k in wanted})
             outputs.append(stream)
-            for name, values in zip(names, maxima, strict=True):
+            for name, values, taken in zip(names, measured[::2], measured[1::2], strict=True):
                 largest[name] = np.maximum(largest[name], values) if name in largest else values
+                rows[name].append(taken[0])
         self._progress(f"probe: {label}", len(self._sequences), len(self._sequences))
         bad = next((name for name, values in largest.items() if not np.isfinite(values).all()), None)
         if bad:
             raise EngineError(f"{bad} is not finite in float32.", cure="The checkpoint is damaged: download it again.")
-        return Statistics(largest, int(self._offsets[-1])), outputs
+        percentiles = {name: self._keep_rows(name, parts) for name, parts in rows.items()}
+        return Statistics(largest, int(self._offsets[-1]), percentiles), outputs
+
+    def _keep_rows(self, name: str, parts: list[NDArray[np.float32]]) -> NDArray[np.float32]:
+        """Write the rows of an input of matrix products; return the percentiles of any tensor.
+
+        Each part holds the sampled rows of one text and, last, its peak.
+        """
+        layer, _, tensor = name.removeprefix("layers.").partition(".")
+        pooled = layer == str(self._config.layers - 1) and tensor in _POOLED
+        sampled = np.concatenate([part[:1] if pooled else part[:-1] for part in parts])
+        if tensor in INPUTS:
+            peaks = np.stack([part[-1] for part in parts])
+            highest = np.argsort(-np.abs(peaks).max(axis=1), kind="stable")[:_KEPT_PEAKS]
+            step = -(-sampled.size // _KEPT_VALUES)
+            write_atomic(self._rows / f"{name}.npz", pack_rows(Rows(sampled[::step], peaks[highest])))
+        return percentiles_of(sampled)
 
     def _streams_file(self, index: int) -> Path:
         return self._layers / f"{index}.streams.npy"
@@ -177,45 +211,70 @@ class _Probe:
         return [rows[a:b][None] for a, b in zip(self._offsets[:-1], self._offsets[1:], strict=True)]
 
 
+def _sampled_positions(text: int, tokens: int) -> NDArray[np.int64]:
+    """Return the positions whose rows are kept: the last token, and others chosen by the text's number alone."""
+    others = np.random.default_rng(text).integers(0, tokens, _SAMPLED_TOKENS - 1)
+    return np.unique(np.array([tokens - 1, *others], np.int64))
+
+
 def _session(graph: Path, starts: list[str], names: list[str], end: str) -> onnxruntime.InferenceSession:
-    """Open the part of the graph from `starts` to `end`, with the largest magnitude per channel of each of `names`."""
-    model = ir.load(graph)
-    inputs = [*starts, "input_ids", "attention_mask"] if starts else ["input_ids", "attention_mask"]
-    tensors = [f"{end}.out", *(f"{name}.out" for name in names)]
-    part = ir.convenience.extract(model.graph, _needed(model.graph, inputs, tensors), list(dict.fromkeys(tensors)))
+    """Open the part of the graph from `starts` to `end`, with two measurements of each of `names`.
+
+    They are the largest magnitude per channel [channels], and [1, rows, channels]: the rows at the input POSITIONS
+    and, last, the row with the largest magnitude.
+    """
+    part = layer_part(graph, starts, [end, *names])
     values = {str(v.name): v for v in part.outputs}
-    reduced = []
+    positions = ir.Value(name=POSITIONS, shape=ir.Shape(["sampled"]), type=ir.TensorType(ir.DataType.INT64))
+    tape = ir.tape.Tape()
+    measured = []
+    constants = {
+        name: tape.initializer(ir.tensor(np.array(value, np.int64), name=f"probe.{name}"))
+        for name, value in {"tokens": [0, 1], "one": [1], "last": [-1], "flat": [-1]}.items()
+    }
     for name in names:
-        absolute = ir.Node("", "Abs", [values[f"{name}.out"]])
-        largest = ir.Node(
-            "", "ReduceMax", [absolute.outputs[0], _axes(part)], {"keepdims": ir.AttrInt64("keepdims", 0)}
-        )
-        part.extend([absolute, largest])
-        largest.outputs[0].name = f"{name}.largest"
-        reduced.append(largest.outputs[0])
+        x = values[f"{name}.out"]
+        absolute = tape.op("Abs", [x])
+        largest = tape.op("ReduceMax", [absolute, constants["tokens"]], {"keepdims": 0})
+        of_rows = tape.op("ReduceMax", [absolute, constants["last"]], {"keepdims": 0})
+        peak = tape.op("Reshape", [tape.op("ArgMax", [of_rows], {"axis": 1}), constants["flat"]])
+        # Where only the pooled token is computed there is one row, whatever the position.
+        end_row = tape.op("Sub", [tape.op("Shape", [x], {"start": 1, "end": 2}), constants["one"]])
+        rows = tape.op("Concat", [tape.op("Min", [positions, end_row]), peak], {"axis": 0})
+        taken = tape.op("Gather", [x, rows], {"axis": 1})
+        largest.name, taken.name = f"{name}.largest", f"{name}.rows"
+        measured += [largest, taken]
+    part.inputs.append(positions)
+    part.extend(tape.nodes)
+    for value in tape.initializers:
+        part.register_initializer(value)
+    stream = values[f"{end}.out"]
+    part.outputs.clear()
+    part.outputs.extend([stream, *measured])
+    return open_part(graph, part)
+
+
+def layer_part(graph: Path, starts: list[str], ends: list[str]) -> ir.Graph:
+    """Cut the part of the graph out that leads from the values `starts` and the graph's inputs to the nodes `ends`."""
+    model = ir.load(graph)
+    inputs = [*starts, "input_ids", "attention_mask"]
+    tensors = list(dict.fromkeys(f"{name}.out" for name in ends))
+    part = ir.convenience.extract(model.graph, _needed(model.graph, inputs, tensors), tensors)
     for value in part.inputs:
         if value.type is None:
             value.type = ir.TensorType(ir.DataType.FLOAT)
-    stream = values[f"{end}.out"]
-    part.outputs.clear()
-    part.outputs.extend([stream, *reduced])
+    return part
+
+
+def open_part(graph: Path, part: ir.Graph) -> onnxruntime.InferenceSession:
+    """Open a part of `graph`, whose weights lie beside it, in ONNX Runtime."""
     for value in part.outputs:
         value.type = ir.TensorType(ir.DataType.FLOAT)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(graph.parent))
-    proto = ir.to_proto(ir.Model(part, ir_version=model.ir_version)).SerializeToString()
+    proto = ir.to_proto(ir.Model(part, ir_version=IR_VERSION)).SerializeToString()
     return onnxruntime.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
-
-
-def _axes(graph: ir.Graph) -> ir.Value:
-    """Return the constant axes 0 and 1, all but the channel."""
-    name = "probe.axes"
-    if name not in graph.initializers:
-        tensor = ir.tensor(np.array([0, 1], np.int64), name=name)
-        value = ir.Value(name=name, shape=ir.Shape([2]), type=ir.TensorType(ir.DataType.INT64), const_value=tensor)
-        graph.register_initializer(value)
-    return graph.initializers[name]
 
 
 def _needed(graph: ir.Graph, inputs: list[str], outputs: list[str]) -> list[str]:

@@ -57,18 +57,27 @@ class RescalePlan:
         return self.undo.get(name, 0)
 
 
-def plan_rescaling(config: EncoderConfig, statistics: Statistics, weight_absmax: WeightAbsmax) -> RescalePlan:
+def plan_rescaling(
+    config: EncoderConfig,
+    statistics: Statistics,
+    weight_absmax: WeightAbsmax,
+    smoothed: frozenset[str] = frozenset(),
+) -> RescalePlan:
     """Decide the plan from measured activations and the checkpoint's weights.
 
-    `weight_absmax(name)` gives the largest magnitude per row and per column of a weight [out, in]. Raises KeyError for
-    statistics that lack a tensor.
+    `weight_absmax(name)` gives the largest magnitude per row and per column of a weight [out, in]. The inputs of
+    matrix products named in `smoothed` are in range already, by other means. Raises KeyError for statistics that lack
+    a tensor.
     """
-    return _Planner(config, statistics, weight_absmax).plan()
+    return _Planner(config, statistics, weight_absmax, smoothed).plan()
 
 
 class _Planner:
-    def __init__(self, config: EncoderConfig, statistics: Statistics, weight_absmax: WeightAbsmax) -> None:
+    def __init__(
+        self, config: EncoderConfig, statistics: Statistics, weight_absmax: WeightAbsmax, smoothed: frozenset[str]
+    ) -> None:
         self._config = config
+        self._smoothed = smoothed
         self._statistics = statistics
         self._weight_absmax = weight_absmax
         self._result = RescalePlan()
@@ -99,6 +108,8 @@ class _Planner:
 
     def _channels(self, activation: str, producer: str, consumers: list[str]) -> None:
         """Balance a norm's output against the columns of the matrices that read it."""
+        if activation in self._smoothed:
+            return
         largest = self._statistics.absmax(activation)
         columns = np.max([self._weight_absmax(name)[1] for name in consumers], axis=0)
         exponents = balance(largest, columns)
@@ -106,6 +117,8 @@ class _Planner:
 
     def _values(self, attention: str) -> None:
         """Balance v_proj's rows against o_proj's columns; one kv channel feeds a column of each query head."""
+        if attention in self._smoothed:
+            return
         c = self._config
         largest = self._statistics.absmax(f"{attention}.v_proj")
         o_columns = self._weight_absmax(f"{attention}.o_proj.weight")[1]
@@ -118,6 +131,8 @@ class _Planner:
 
     def _gated(self, mlp: str) -> None:
         """Balance silu(gate) * up, and up itself, against down_proj's columns."""
+        if f"{mlp}.gated" in self._smoothed:
+            return
         largest = np.maximum(self._statistics.absmax(f"{mlp}.gated"), self._statistics.absmax(f"{mlp}.up_proj"))
         exponents = balance(largest, self._weight_absmax(f"{mlp}.down_proj.weight")[1])
         self._move(f"{mlp}.gated", exponents, largest, [f"{mlp}.up_proj.weight"], [f"{mlp}.down_proj.weight"])

@@ -6,6 +6,7 @@ A bundle is a folder:
     tokenizer.json                the checkpoint's, byte for byte
     graphs/<precision>.onnx       inputs `input_ids`, `attention_mask` int64 [batch, sequence], right-padded;
     graphs/<precision>.onnx.data  output `sentence_embedding` float32 [batch, dim], unit length
+    graphs/int8-uint8.onnx        the INT8 graph once more, for ONNX Runtime on CPU
     golden.npz                    token ids and PyTorch float32 vectors of the golden texts
     parity/report.json            the comparison with PyTorch
 
@@ -80,8 +81,50 @@ class Rescaling:
 
 
 @dataclass(frozen=True)
+class QuantizedInput:
+    """An input of matrix products that is rounded to INT8: with which `scale`, and how it was chosen.
+
+    `alpha` is SmoothQuant's (None: not smoothed), `method` how the range was found. `error` is the products' relative
+    squared error on calibration text, `impact` what it does to its layer's output.
+    """
+
+    tensor: str
+    alpha: float | None
+    method: str
+    scale: float
+    error: float
+    impact: float
+
+
+@dataclass(frozen=True)
+class Exclusion:
+    """An input that is not rounded because of its `impact`: its matrices alone are INT8, the products are not.
+
+    `work_share` is its part of the matrix work.
+    """
+
+    tensor: str
+    impact: float
+    work_share: float
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How an INT8 graph was made. `int8_share` is the part of the matrix work in INT8, `budget` its lower bound."""
+
+    budget: float
+    int8_share: float
+    inputs: list[QuantizedInput]
+    excluded: list[Exclusion]
+
+
+@dataclass(frozen=True)
 class GraphRecord:
-    """One ONNX graph and its external data. `calibration_sha256` names the texts whose activations shaped it."""
+    """One ONNX graph and its external data. `calibration_sha256` names the texts whose activations shaped it.
+
+    An INT8 graph has a `twin` on the same data: `model` rounds activations to int8, as TensorRT takes it, `twin` to
+    uint8 with zero point 128, the same grid in the form that ONNX Runtime on x86 has fast kernels for.
+    """
 
     precision: str
     model: FileRecord
@@ -89,6 +132,13 @@ class GraphRecord:
     opset: int
     rescaling: list[Rescaling] = field(default_factory=list)
     calibration_sha256: str | None = None
+    quantization: Quantization | None = None
+    twin: FileRecord | None = None
+
+    @property
+    def files(self) -> list[FileRecord]:
+        """Return the records of all its files."""
+        return [self.model, self.data, *([self.twin] if self.twin else [])]
 
 
 @dataclass(frozen=True)
@@ -264,7 +314,7 @@ class _Version(msgspec.Struct):
 def bundle_files(manifest: Manifest) -> list[FileRecord]:
     """Return the records of all files that engines need."""
     golden = [manifest.golden] if manifest.golden else []
-    return [manifest.tokenizer, *(f for g in manifest.graphs for f in (g.model, g.data)), *golden]
+    return [manifest.tokenizer, *(f for g in manifest.graphs for f in g.files), *golden]
 
 
 def engine_files(bundle: Bundle) -> list[FileRecord]:

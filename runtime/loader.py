@@ -24,7 +24,7 @@ from runtime.tokenizer import TextTokenizer
 
 # Fastest first. `auto` takes the first one that is in the bundle, can run here and has passed.
 # ONNX Runtime on CPU widens every float16 matrix: exact, and slower than fp32.
-SPEED_ORDER = ["onnxruntime:fp32", "onnxruntime:fp16"]
+SPEED_ORDER = ["onnxruntime:int8", "onnxruntime:fp32", "onnxruntime:fp16"]
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def load_engine(bundle: Bundle, name: str = "auto", settings: EngineSettings = E
     """
     record, selection = select(bundle, name)
     graph: GraphRecord = bundle.graph(record.precision)
-    for file in (bundle.manifest.tokenizer, graph.model, graph.data):
+    for file in (bundle.manifest.tokenizer, *graph.files):
         check_hash(bundle, file)
     for file in engine_files(bundle):
         if file.file == record.file:

@@ -28,6 +28,8 @@ TOLERANCES: dict[str, Tolerance] = {
     # A cosine of 0.9995 lets a unit vector move by sqrt(2 x 0.0005) = 0.032 in all.
     "fp16": Tolerance(min_cosine=0.9995, mean_cosine=0.9999, max_abs_diff=0.032, norm_error=1e-5),
     "bf16": Tolerance(min_cosine=0.9995, mean_cosine=0.9999, max_abs_diff=0.032, norm_error=1e-5),
+    # sqrt(2 x 0.03) = 0.245.
+    "int8": Tolerance(min_cosine=0.97, mean_cosine=0.99, max_abs_diff=0.245, norm_error=1e-5),
 }
 
 # The weights in a graph are the checkpoint's, widened: not one bit may differ.
