@@ -142,7 +142,7 @@ class _Builder:
         if name not in self.initializers:
             tensor = ir.tensor(array, name=name)
             kind = ir.TensorType(tensor.dtype)
-            self.initializers[name] = ir.Value(name=name, shape=tensor.shape, type=kind, const_value=tensor)
+            self.initializers[name] = ir.Value(name=name, shape=ir.Shape(array.shape), type=kind, const_value=tensor)
         return self.initializers[name]
 
     def op(self, kind: str, name: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
@@ -186,9 +186,7 @@ class _Builder:
         """An int8 matrix [in, out] with a scale per output channel, widened to the narrow type."""
         scales = self.weight_scales[name]
         shape, shift = self.shapes[name], self.plan.shift(name)
-        matrix = self.layout.weight(
-            name, shape, transposed=True, dtype=ir.DataType.INT8, shift=shift, scales=scales
-        )
+        matrix = self.layout.weight(name, shape, transposed=True, dtype=ir.DataType.INT8, shift=shift, scales=scales)
         # Both types of the same numbers lie in the data file, so that either twin finds its own.
         placed = {t: self.layout.constant(f"{name}.scale.{t.name}", scales, t) for t in _SCALE_TYPES}
         for value in (matrix, placed[self.narrow_type]):

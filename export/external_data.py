@@ -96,9 +96,7 @@ class DataLayout:
         name, placed = (f"{source}.transposed", (shape[1], shape[0])) if transposed else (source, shape)
         return self._place(Entry(name, placed, self._next_offset(), source, transposed, None, dtype, shift, scales))
 
-    def constant(
-        self, name: str, values: NDArray[np.float32], dtype: ir.DataType = ir.DataType.FLOAT
-    ) -> ir.Value:
+    def constant(self, name: str, values: NDArray[np.float32], dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
         """Place a computed tensor, float32 or rounded to `dtype`."""
         return self._place(Entry(name, values.shape, self._next_offset(), None, False, values, dtype))
 
@@ -227,7 +225,8 @@ def _narrow(entry: Entry, chunk: NDArray[np.float32]) -> NDArray[np.generic]:
     if entry.dtype == ir.DataType.FLOAT:
         return np.ascontiguousarray(chunk)
     if entry.scales is not None:  # the scales were chosen so that nothing is cut off
-        return np.clip(np.rint(chunk / entry.scales), -127, 127).astype(np.int8)
+        integers: NDArray[np.int8] = np.clip(np.rint(chunk / entry.scales), -127, 127).astype(np.int8)
+        return integers
     with np.errstate(over="ignore"):
         narrow = chunk.astype(entry.dtype.numpy())
     if entry.dtype == ir.DataType.FLOAT16 and not np.isfinite(narrow).all():

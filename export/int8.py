@@ -224,31 +224,35 @@ class _Trial:
 def kv_channels(channels: Vector, config: EncoderConfig) -> Vector:
     """Return for each channel of v_proj the largest of the attention channels it feeds, [kv heads x D]."""
     c = config
-    return channels.reshape(c.kv_heads, c.heads // c.kv_heads, c.head_dim).max(axis=1).reshape(-1)
+    largest: Vector = channels.reshape(c.kv_heads, c.heads // c.kv_heads, c.head_dim).max(axis=1)
+    return largest.reshape(-1)
 
 
 def repeat_kv(channels: Vector, config: EncoderConfig) -> Vector:
     """Repeat [kv heads x D] for every query head, [heads x D]."""
     c = config
-    return np.repeat(channels.reshape(c.kv_heads, 1, c.head_dim), c.heads // c.kv_heads, axis=1).reshape(-1)
+    repeated: Vector = np.repeat(channels.reshape(c.kv_heads, 1, c.head_dim), c.heads // c.kv_heads, axis=1)
+    return repeated.reshape(-1)
 
 
 def round_to(values: NDArray[np.float32], scale: float) -> NDArray[np.float32]:
     """Round an activation to its grid: integers -128 to 127 times `scale`."""
-    return np.clip(np.rint(values * np.float32(1 / scale)), -LARGEST - 1, LARGEST) * np.float32(scale)
+    integers = np.clip(np.rint(values * np.float32(1 / scale)), -LARGEST - 1, LARGEST)
+    rounded: NDArray[np.float32] = integers * np.float32(scale)
+    return rounded
 
 
 def row_scales(largest: Vector) -> Vector:
     """Return the scale of each output channel whose largest weight is given, float32 holding float16 numbers.
 
-    Rounded up, so that no weight is cut off; a channel of zeros gets float16's smallest normal number.
+    Rounded up, so that no weight is cut off; below 2^-20, where float16 has few digits left, all are 2^-20.
     """
-    tiny = np.float32(np.finfo(np.float16).smallest_normal)
-    exact = np.maximum(largest / np.float32(LARGEST), tiny)
+    exact = np.maximum(largest / np.float32(LARGEST), np.float32(2**-20))
     scales = exact.astype(np.float16)
     low = scales.astype(np.float32) < exact
     scales[low] = np.nextafter(scales[low], np.float16(np.inf))
-    return scales.astype(np.float32)
+    wide: Vector = scales.astype(np.float32)
+    return wide
 
 
 def round_rows(matrix: NDArray[np.float32]) -> NDArray[np.float32]:

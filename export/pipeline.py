@@ -72,8 +72,9 @@ def export_bundle(
     """Write a bundle to `folder`, replacing the bundle there in one step.
 
     The narrow precisions are shaped by the activations of `calibration`, by default the shipped calibration texts;
-    `int8_budget` is the part of the matrix work that INT8 must keep. Raises CheckpointError for weights that cannot be used, OutputError when the folder cannot be written or holds
-    something that is not a bundle. Until the last moment the old bundle is untouched.
+    `int8_budget` is the part of the matrix work that INT8 must keep. Raises InputError for a budget that is none,
+    CheckpointError for weights that cannot be used, OutputError when the folder cannot be written or holds something
+    that is not a bundle. Until the last moment the old bundle is untouched.
     """
     _check_target(folder)
     check_budget(int8_budget)

@@ -92,9 +92,7 @@ def _short(number: float) -> float:
     return float(f"{number:.3g}")
 
 
-def fold(
-    config: EncoderConfig, grids: Mapping[str, Grid], statistics: Statistics, weights: Weights
-) -> RescalePlan:
+def fold(config: EncoderConfig, grids: Mapping[str, Grid], statistics: Statistics, weights: Weights) -> RescalePlan:
     """Return what every weight is multiplied with: smoothing factors, and powers of two for what float16 holds."""
     smoothing = smoothing_shifts(config, grids)
 
@@ -120,18 +118,15 @@ def smoothing_shifts(config: EncoderConfig, grids: Mapping[str, Grid]) -> dict[s
         makers = {"self_attn": f"{name}.v_proj.weight", "gated": f"{layer}.up_proj.weight"}
         maker = makers.get(tensor, f"{name}.weight")
         made = kv_channels(grid.factors, config) if tensor == "self_attn" else grid.factors
-        shifts[maker] = replace(shifts.get(maker, NO_SHIFT), row_factors=1 / made)
+        shifts[maker] = replace(shifts.get(maker, NO_SHIFT), row_factors=np.reciprocal(made))
         for weight in grid.group.weights:
             shifts[weight] = replace(shifts.get(weight, NO_SHIFT), column_factors=grid.factors)
     return shifts
 
 
-def _weight_scales(
-    grids: Mapping[str, Grid], rescale: RescalePlan, weights: Weights
-) -> dict[str, NDArray[np.float32]]:
+def _weight_scales(grids: Mapping[str, Grid], rescale: RescalePlan, weights: Weights) -> dict[str, NDArray[np.float32]]:
     names = [name for grid in grids.values() for name in grid.group.weights]
     return {
         name: row_scales(np.abs(rescale.shift(name).apply(to_float32(weights.read(name)))).max(axis=1))
         for name in names
     }
-

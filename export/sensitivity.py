@@ -118,7 +118,7 @@ class _Constants:
     def __call__(self, name: str, array: NDArray[np.generic] | np.generic) -> ir.Value:
         tensor = ir.tensor(np.asarray(array), name=f"{self._prefix}.int8.{name}")
         value = ir.Value(
-            name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
+            name=tensor.name, shape=ir.Shape(np.shape(array)), type=ir.TensorType(tensor.dtype), const_value=tensor
         )
         self._part.register_initializer(value)
         return value
