@@ -28,6 +28,12 @@ _PART = ".part"
 _STALE_S = 3600.0
 
 
+def cache_folder() -> Path:
+    """Return where what can be made again is kept: $F2RT_CACHE, or f2rt in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("F2RT_CACHE") or Path(base) / "f2rt")
+
+
 def sha256_file(path: Path) -> str:
     """Return the hex SHA-256 of a file's bytes. Raises OSError when it cannot be read."""
     with path.open("rb") as file:
