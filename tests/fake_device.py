@@ -215,6 +215,7 @@ class FakeTensorRT:
         self.cuda = cuda
         self.model = model
         self.invalid = 0
+        self.uncapturable = False
         self.deserialized = 0
         self.contexts: weakref.WeakSet[FakeContext] = weakref.WeakSet()
         self.engines: weakref.WeakSet[FakeEngine] = weakref.WeakSet()
@@ -355,6 +356,8 @@ class FakeContext:
         if needed and (self._scratch is None or self._scratch[1] < needed):
             return self._fail("no device memory for activations")
         shape = self._shapes["input_ids"]
+        if cuda.recording is not None and self._engine.library.uncapturable:
+            return self._fail("this plan waits for the device while it runs")
         if cuda.recording is not None and self._flushed != shape:
             return self._fail("a shape must run once before it is captured")
         self._flushed = shape

@@ -246,16 +246,6 @@ def test_graph_is_captured_when_a_shape_comes_back_and_replayed_after(tmp_path: 
     engine.close()
 
 
-def test_same_shape_in_another_profile_is_another_graph(tmp_path: Path, graph: Model) -> None:
-    rig = Rig(tmp_path, graph, profiles=[(2, 16), (4, 16)])
-    engine = rig.open()
-    for _ in range(3):
-        engine.run(random_batch([16, 16, 16, 16]))
-        engine.run(random_batch([16, 16]))
-    assert engine.counters.captured == 2
-    engine.close()
-
-
 def test_graphs_switched_off(tmp_path: Path, graph: Model) -> None:
     rig = Rig(tmp_path, graph, settings=EngineSettings(cuda_graphs=False))
     engine = rig.open()
@@ -281,11 +271,13 @@ def test_shape_not_used_for_longest_makes_room(tmp_path: Path, graph: Model, mon
     engine.close()
 
 
+@pytest.mark.parametrize("side", ["CUDA", "TensorRT"])
 def test_plan_that_cannot_be_captured_runs_without(
-    tmp_path: Path, graph: Model, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, graph: Model, caplog: pytest.LogCaptureFixture, side: str
 ) -> None:
     rig = Rig(tmp_path, graph)
-    rig.cuda.fail_end_capture = True
+    rig.cuda.fail_end_capture = side == "CUDA"
+    rig.library.uncapturable = side == "TensorRT"
     engine = rig.open()
     batch = random_batch([20])
     with caplog.at_level(logging.WARNING, "f2rt.engine"):
@@ -293,6 +285,7 @@ def test_plan_that_cannot_be_captured_runs_without(
             assert row_cosines(engine.run(batch), alone(graph, batch)).min() > 0.999999
     assert (engine.counters.captured, engine.counters.capture_failures, engine.counters.replayed) == (0, 1, 0)
     assert "no CUDA graph for 1 x 24" in caplog.text
+    assert rig.cuda.live["graphs"] == 0
     engine.close()
 
 

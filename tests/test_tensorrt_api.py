@@ -24,6 +24,10 @@ FILES = [
     "runtime/engines/tensorrt.py",
     "runtime/engines/tensorrt_library.py",
     "runtime/engines/tensorrt_rtx.py",
+    "export/builder.py",
+    "export/builder_callbacks.py",
+    "export/engine_types.py",
+    "export/timing_cache.py",
 ]
 STAND_IN = """
 void *createInferBuilder_INTERNAL(void) { return 0; }
@@ -72,10 +76,14 @@ def stub_of(module: str, folder: Path, env: dict[str, str]) -> str:
 
 
 def repair(stub: str) -> str:
-    """Mend what docstrings cannot say: a variable called bool, a bad order of defaults, and buffers."""
+    """Mend what docstrings cannot say: a variable called bool, a bad order of defaults, buffers, shapes as tuples."""
     stub = re.sub(r"(?<!^)\bbool\b", "_bool", stub, flags=re.MULTILINE)
     memory = "class IHostMemory:\n"
     stub = stub.replace(memory, f"{memory}    def __buffer__(self, flags: int, /) -> memoryview: ...\n")
+    stub = stub.replace("class Dims:\n", "class Dims:\n    def __iter__(self) -> typing.Iterator[int]: ...\n")
+    shape = "min: Dims, opt: Dims, max: Dims"
+    assert shape in stub
+    stub = stub.replace(shape, shape.replace("Dims", "Dims | tuple[int, ...]"))
     stub = f"from builtins import bool as _bool\n{stub}\n__version__: str\n"
     while (line := unreadable(stub)) is not None:
         lines = stub.split("\n")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -114,20 +115,21 @@ def check_magic(record: EngineRecord, start: bytes) -> None:
             )
 
 
-def make_logger(trt: Library, messages: list[str], *, verbose: list[str] | None = None) -> tensorrt.ILogger:
-    """Return a logger that keeps errors for our own messages, and everything in `verbose` where that is given."""
+def make_logger(
+    trt: Library, errors: list[str], listen: Callable[[str], None] = lambda message: None
+) -> tensorrt.ILogger:
+    """Return a logger that prints nothing: it collects errors for our messages, and `listen` hears everything."""
 
     class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
-        """Appends to lists; prints nothing."""
+        """The library's log in our hands."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
         def log(self, severity: Any, message: str) -> None:
             if severity <= trt.ILogger.Severity.ERROR:
-                messages.append(message)
-            if verbose is not None:
-                verbose.append(message)
+                errors.append(message)
+            listen(message)
 
     return Logger()
 
