@@ -7,6 +7,7 @@ libraries do is in `test_tensorrt_api` (their API) and, on a GPU, in `make gpu-c
 from __future__ import annotations
 
 import gc
+import io
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,10 +18,12 @@ import numpy as np
 import onnxruntime
 import pytest
 from numpy.typing import NDArray
+from rich.console import Console
 
 from calibration.texts import verification_texts
 from export.parity import check_bundle
 from export.reference import Reference
+from export.report import print_report
 from runtime import golden
 from runtime.batch import Batch, make_batch
 from runtime.bundle import Bundle, EngineRecord, engine_fingerprint, open_bundle, write_manifest
@@ -594,11 +597,32 @@ def test_parity_of_an_engine_on_the_doubles(
 ) -> None:
     """All of parity's ways of running: batches, other orders, equal lengths, 1024 wide padding."""
     with_engine = add_engine(bundle_copy, backend, "sm89", proven=False)
-    texts = [t for t in verification_texts() if len(t.text) < 200][::60]
+    short = [t for t in verification_texts() if len(t.text) < 20 and not t.prompt][:3]
+    texts = short + [t for t in verification_texts() if 60 < len(t.text) < 200][::60]
     report, _ = check_bundle(with_engine, reference, texts, engine_names=[f"{backend}:fp32"])
     (engine,) = report.engines
     assert (engine.verdict, engine.diagnosis) == ("pass", [])
     assert {c.name for c in engine.checks} >= {"single", "batch", "permuted", "equal length", "padded", "dim 128"}
+
+
+def test_parity_leaves_out_what_the_engine_does_not_take(
+    bundle_copy: Bundle, reference: Reference, device: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(globals(), "PROFILES", [(4, 70)])
+    short = add_engine(bundle_copy, "tensorrt", "sm89", proven=False)
+    texts = [t for t in verification_texts() if 60 < len(t.text) < 400][::100]
+    report, _ = check_bundle(short, reference, texts)
+    cpu, gpu = report.engines
+    assert (cpu.verdict, gpu.verdict, cpu.omitted) == ("pass", "pass", 0)
+    assert 0 < gpu.omitted < len(texts)
+    assert gpu.checks[0].rows == len(texts) - gpu.omitted
+    screen = Console(file=io.StringIO(), width=200)
+    print_report(report, screen)
+    assert f"{gpu.omitted} texts are longer than the engine takes" in screen.file.getvalue()  # type: ignore[attr-defined]
+    long = [t for t in verification_texts() if len(t.text) > 400][:2]
+    report, _ = check_bundle(short, reference, long, engine_names=["tensorrt:fp32"])
+    assert report.engines[0].verdict == "not_executed"
+    assert "every text is longer than the 70 tokens" in report.engines[0].reason
 
 
 def test_auto_takes_the_gpu_engine_and_says_why(bundle_copy: Bundle, device: FakeCuda) -> None:
