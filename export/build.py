@@ -1,17 +1,25 @@
 """Adds compiled engines to a bundle, and keeps those whose inputs have not changed.
 
-The engine file is written first and the manifest last: until then the bundle is as it was.
+A plan is written under a name of its own, with its hash in it, and the manifest last: until then the bundle is as it
+was, the old engine included. Plans that no manifest names are removed by the next build.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import runtime
-from export.builder import MODULES, Progress, build_engine, library_version
-from export.precision import Precision
+from export.builder import (
+    Target,
+    build_engine,
+    check_backend,
+    library_version,
+    resolve_target,
+)
+from export.builder_callbacks import Progress
 from export.profiles import Profile
 from runtime.bundle import (
     Bundle,
@@ -22,7 +30,9 @@ from runtime.bundle import (
     write_manifest,
 )
 from runtime.errors import InputError
-from runtime.files import sha256_file, write_atomic
+from runtime.files import sha256_file
+
+ONNXRUNTIME_CUDA = "onnxruntime-cuda"
 
 
 @dataclass(frozen=True)
@@ -37,53 +47,125 @@ class Outcome:
 def add_engine(
     folder: Path,
     backend: str,
-    precision: Precision,
-    profiles: tuple[Profile, ...],
+    precision: str,
+    profiles: Sequence[Profile],
     *,
     target: str | None = None,
     progress: Progress = lambda label, done, total: None,
 ) -> Outcome:
     """Build the engine of one backend, precision and target, unless the bundle has it from the same inputs.
 
-    Raises InputError, NotFoundError for a graph the bundle lacks, MissingExtraError, EngineError or OutputError; the
-    bundle is then unchanged.
+    Without a target it is for the GPU of this machine. Raises InputError, NotFoundError for a graph the bundle lacks,
+    MissingExtraError, EngineError or OutputError; the bundle is then unchanged.
     """
     bundle = open_bundle(folder)
-    if backend not in MODULES:
-        raise InputError(f"there is no builder {backend!r}.", cure=f"Choose one of: {', '.join(MODULES)}.")
+    if backend == ONNXRUNTIME_CUDA:
+        return _add_onnxruntime_cuda(bundle, precision, target)
+    check_backend(backend, precision)
     graph = bundle.graph(precision)
+    _check_profiles(bundle, profiles)
     version = library_version(backend)
-    wanted = [str(p) for p in profiles]
-    old = _find(bundle, f"{backend}:{precision}", target)
-    reason = _stale(bundle, old, graph, backend, version, wanted)
+    place = resolve_target(backend, target)
+    old = _find(bundle, f"{backend}:{precision}", place.name)
+    reason = _stale(bundle, old, graph, backend, version, profiles)
     if old is not None and reason is None:
         return Outcome(old, False, "nothing it depends on has changed")
-    built = build_engine(bundle.path(graph.model.file), backend, precision, profiles, target=target, progress=progress)
-    file = f"engines/{backend}/{precision}-{built.target}.engine"
-    write_atomic(bundle.path(file), built.data)
-    sha256 = hashlib.sha256(built.data).hexdigest()
-    record = EngineRecord(
+    record = _build(bundle, graph, backend, profiles, place, progress)
+    _put(bundle, record)
+    return Outcome(record, True, reason or "the bundle had none")
+
+
+def _build(
+    bundle: Bundle, graph: GraphRecord, backend: str, profiles: Sequence[Profile], target: Target, progress: Progress
+) -> EngineRecord:
+    precision = graph.precision
+    folder = bundle.path(f"engines/{backend}")
+    _remove_strays(bundle, folder)
+    unnamed = folder / f"{precision}-{target.name}.engine"
+    built = build_engine(
+        bundle.path(graph.model.file),
+        unnamed,
+        backend,
+        precision,
+        profiles,
+        target,
+        cache_key=[_graph_key(graph), graph.calibration_sha256 or ""],
+        progress=progress,
+    )
+    file = f"engines/{backend}/{precision}-{target.name}-{built.sha256[:12]}.engine"
+    unnamed.replace(bundle.path(file))
+    return EngineRecord(
         name=f"{backend}:{precision}",
         backend=backend,
         precision=precision,
         file=file,
-        sha256=sha256,
-        fingerprint=engine_fingerprint(bundle.manifest.fingerprint, graph, backend, sha256),
+        sha256=built.sha256,
+        fingerprint=engine_fingerprint(bundle.manifest.fingerprint, graph, backend, built.sha256),
         builder={"f2rt": runtime.__version__, **built.builder},
         flags=built.flags,
-        profiles=wanted,
-        target=built.target,
+        profiles=[str(p) for p in profiles],
+        target=target.name,
         calibration_sha256=graph.calibration_sha256,
         graph_sha256=_graph_key(graph),
     )
+
+
+def _add_onnxruntime_cuda(bundle: Bundle, precision: str, target: str | None) -> Outcome:
+    """Record the engine that is the graph itself, on any NVIDIA GPU: nothing is compiled, nothing is shown to run."""
+    if target is not None:
+        raise InputError(
+            f"{ONNXRUNTIME_CUDA} compiles nothing and takes no target; {target!r} was given.",
+            cure="Leave --target out.",
+        )
+    graph = bundle.graph(precision)
+    record = EngineRecord(
+        name=f"{ONNXRUNTIME_CUDA}:{precision}",
+        backend=ONNXRUNTIME_CUDA,
+        precision=precision,
+        file=graph.model.file,
+        sha256=graph.model.sha256,
+        fingerprint=engine_fingerprint(bundle.manifest.fingerprint, graph, ONNXRUNTIME_CUDA, graph.model.sha256),
+        builder={"f2rt": runtime.__version__},
+        flags=[f"opset {graph.opset}"],
+        calibration_sha256=graph.calibration_sha256,
+        graph_sha256=_graph_key(graph),
+    )
+    old = _find(bundle, record.name, None)
+    if old is not None and old.fingerprint == record.fingerprint:
+        return Outcome(old, False, "nothing it depends on has changed")
+    _put(bundle, record)
+    return Outcome(record, True, "the bundle had none" if old is None else "the graph changed")
+
+
+def _put(bundle: Bundle, record: EngineRecord) -> None:
+    """Write the manifest with the record in the place of its predecessor, then remove what only that one used."""
     others = [e for e in bundle.manifest.engines if (e.name, e.target) != (record.name, record.target)]
-    write_manifest(folder, replace(bundle.manifest, engines=[*others, record]))
-    return Outcome(record, True, reason or "the bundle had none")
+    manifest = replace(bundle.manifest, engines=[*others, record])
+    write_manifest(bundle.folder, manifest)
+    if record.backend != ONNXRUNTIME_CUDA:
+        _remove_strays(replace(bundle, manifest=manifest), bundle.path(record.file).parent)
+
+
+def _remove_strays(bundle: Bundle, folder: Path) -> None:
+    """Remove plans that no engine names: replaced ones, and those of a build that died before the manifest."""
+    named = {bundle.path(engine.file) for engine in bundle.manifest.engines}
+    for plan in folder.glob("*.engine"):
+        if plan not in named:
+            plan.unlink(missing_ok=True)
+
+
+def _check_profiles(bundle: Bundle, profiles: Sequence[Profile]) -> None:
+    limit = bundle.manifest.contract.max_tokens
+    for profile in profiles:
+        if profile.tokens > limit or profile.rows < 1 or profile.tokens < 1:
+            raise InputError(
+                f"the profile {profile} is outside of what the graph takes: 1 to {limit} tokens, at least 1 row.",
+                cure="Change it.",
+            )
 
 
 def _find(bundle: Bundle, name: str, target: str | None) -> EngineRecord | None:
-    wanted = target or "current"
-    return next((e for e in bundle.manifest.engines if (e.name, e.target) == (name, wanted)), None)
+    return next((e for e in bundle.manifest.engines if (e.name, e.target) == (name, target)), None)
 
 
 def _graph_key(graph: GraphRecord) -> str:
@@ -91,7 +173,12 @@ def _graph_key(graph: GraphRecord) -> str:
 
 
 def _stale(
-    bundle: Bundle, old: EngineRecord | None, graph: GraphRecord, backend: str, version: str, profiles: list[str]
+    bundle: Bundle,
+    old: EngineRecord | None,
+    graph: GraphRecord,
+    backend: str,
+    version: str,
+    profiles: Sequence[Profile],
 ) -> str | None:
     """Return why an engine must be built again, or None."""
     if old is None:
@@ -100,7 +187,7 @@ def _stale(
         return "the graph changed"
     if old.builder.get(backend) != version:
         return f"{backend} is {version} now, it was {old.builder.get(backend)}"
-    if old.profiles != profiles:
+    if old.profiles != [str(p) for p in profiles]:
         return "the profiles changed"
     path = bundle.path(old.file)
     if not path.is_file() or sha256_file(path) != old.sha256:

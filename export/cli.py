@@ -79,12 +79,12 @@ def export_command(
 @app.command("build")
 def build_command(
     bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
-    backend: Annotated[str, typer.Option(help="tensorrt or tensorrt-rtx.")],
+    backend: Annotated[str, typer.Option(help="tensorrt, tensorrt-rtx or onnxruntime-cuda.")],
     precision: Annotated[str, typer.Option(help="Comma-separated: fp16, bf16.")] = "fp16",
     target: Annotated[str | None, typer.Option(help="Comma-separated: sm80, sm89, ...; default: this GPU.")] = None,
     profile: Annotated[str, typer.Option(help="latency, throughput, or buckets such as 1x64,8x256.")] = "latency",
 ) -> None:
-    """Compile engines from a bundle's graphs. Without a GPU, name the targets."""
+    """Compile engines from a bundle's graphs, or record them where nothing is compiled. Without a GPU, name targets."""
     with console.readable_errors(), _export_extra():
         from export.build import add_engine
         from export.precision import parse_precisions

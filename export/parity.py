@@ -118,6 +118,18 @@ def _check_engine(
         report = EngineReport(record.full_name, record.precision, record.fingerprint, "fail", limits)
         return dataclasses.replace(report, diagnosis=[f"it cannot be loaded: {error}"])
     limits = tolerance(record.precision)
+    texts, longest = len(samples), engine.max_tokens
+    samples = [s for s in samples if longest is None or len(s.ids) <= longest]
+    if not samples:
+        engine.close()
+        return EngineReport(
+            record.full_name,
+            record.precision,
+            record.fingerprint,
+            "not_executed",
+            None,
+            reason=f"not executed: every text is longer than the {longest} tokens the engine was built for",
+        )
     try:
         runs = _Runs(engine, samples, bundle.manifest.contract, reference, progress)
         checks = runs.checks(limits)
@@ -145,6 +157,7 @@ def _check_engine(
         checks,
         _worst(samples, runs.single),
         diagnosis,
+        omitted=texts - len(samples),
     )
 
 

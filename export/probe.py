@@ -11,7 +11,6 @@ the row with the largest magnitude, and a few others.
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -26,7 +25,7 @@ from calibration.statistics import Rows, Statistics, merge, pack, pack_rows, per
 from export.config import EncoderConfig
 from export.encoder import IR_VERSION
 from runtime.errors import EngineError, InputError, OutputError
-from runtime.files import explain_write_errors, write_atomic
+from runtime.files import cache_folder, explain_write_errors, write_atomic
 
 Progress = Callable[[str, int, int], None]
 Streams = list[NDArray[np.float32]]
@@ -58,12 +57,6 @@ POSITIONS = "probe.positions"
 _SAMPLED_TOKENS = 3  # of each text: the last one and two others
 _KEPT_PEAKS = 64
 _KEPT_VALUES = 4 << 20  # of one tensor: 8 MB on disk
-
-
-def cache_folder() -> Path:
-    """Return where probes are kept: $F2RT_CACHE, or f2rt in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("F2RT_CACHE") or Path(base) / "f2rt")
 
 
 def probe(

@@ -21,6 +21,9 @@ class Profile:
         return f"{self.rows}x{self.tokens}"
 
 
+# The longest bucket of a preset: the evaluation length of F2LLM-v2. Attention kernels end not far beyond it.
+LONGEST_TOKENS = 8192
+
 PRESETS: dict[str, tuple[Profile, ...]] = {
     # Few texts, short ones first: a request meets a bucket near its own size.
     "latency": (Profile(1, 64), Profile(8, 128), Profile(8, 512)),
@@ -30,12 +33,17 @@ PRESETS: dict[str, tuple[Profile, ...]] = {
 
 
 def parse_profiles(text: str, max_tokens: int) -> tuple[Profile, ...]:
-    """Read a preset's name or a list such as 1x64,8x256. Lengths are cut to the model's limit by a preset only.
+    """Read a preset's name or a list such as 1x64,8x256.
 
-    Raises InputError for an unknown name, a malformed bucket, or one longer than `max_tokens`.
+    A preset is cut to the model's limit and gets one more bucket for a single text of any length up to it, so that
+    nothing the model takes is refused. Raises InputError for an unknown name, a malformed bucket, or one longer than
+    `max_tokens`.
     """
     if text in PRESETS:
-        cut = (Profile(p.rows, min(p.tokens, max_tokens)) for p in PRESETS[text])
+        cut = [Profile(p.rows, min(p.tokens, max_tokens)) for p in PRESETS[text]]
+        longest = min(max_tokens, LONGEST_TOKENS)
+        if longest > max(p.tokens for p in cut):
+            cut.append(Profile(1, longest))
         return tuple(dict.fromkeys(cut))
     profiles = []
     for part in text.split(","):

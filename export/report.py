@@ -63,7 +63,10 @@ class TokenMismatch:
 
 @dataclass(frozen=True)
 class EngineReport:
-    """All checks of one engine. `diagnosis` names the likely cause of a failure."""
+    """All checks of one engine. `diagnosis` names the likely cause of a failure.
+
+    `omitted` counts the texts that are longer than the engine was built for: it refuses them.
+    """
 
     engine: str
     precision: str
@@ -74,6 +77,7 @@ class EngineReport:
     worst: list[WorstText] = field(default_factory=list)
     diagnosis: list[str] = field(default_factory=list)
     reason: str = ""
+    omitted: int = 0
 
 
 @dataclass(frozen=True)
@@ -172,6 +176,8 @@ def _engine(report: EngineReport) -> RenderableType:
         style="dim",
     )
     worst = Line("worst texts", style="bold")
+    if report.omitted:
+        problems.append(Line(f"{report.omitted} texts are longer than the engine takes and were left out"))
     return Group(title, Line(), table, limit, *problems, *causes, Line(), worst, _worst(report))
 
 

@@ -172,6 +172,9 @@ def serve_command(
         str, typer.Option(help="HOST:PORT; port 0 takes a free one.", envvar="F2RT_GRPC")
     ] = "127.0.0.1:50051",
     threads: Annotated[int, typer.Option(help="Engine threads; 0: one per core.", envvar="F2RT_THREADS")] = 0,
+    cuda_graphs: Annotated[
+        bool, typer.Option(help="On a GPU, replay shapes that come back as CUDA graphs.", envvar="F2RT_CUDA_GRAPHS")
+    ] = True,
 ) -> None:
     """Serve one proven engine of a bundle over gRPC until SIGTERM or Ctrl-C."""
     with console.readable_errors():
@@ -181,7 +184,8 @@ def serve_command(
             raise missing_extra(str(error.name), "serve") from error
         from runtime.settings import EngineSettings, ServeSettings
 
-        server.serve(bundle, engine, EngineSettings(threads=threads), ServeSettings(grpc_address=grpc))
+        engine_settings = EngineSettings(threads=threads, cuda_graphs=cuda_graphs)
+        server.serve(bundle, engine, engine_settings, ServeSettings(grpc_address=grpc))
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from runtime.errors import OutputError
 
@@ -26,6 +27,12 @@ _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 _PART = ".part"
 _STALE_S = 3600.0
+
+
+def cache_folder() -> Path:
+    """Return where what can be made again is kept: $F2RT_CACHE, or f2rt in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("F2RT_CACHE") or Path(base) / "f2rt")
 
 
 def sha256_file(path: Path) -> str:
@@ -64,13 +71,23 @@ def explain_write_errors(target: Path) -> Iterator[None]:
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write `data` to `path` so that the path holds the old bytes or all the new ones. Raises OutputError."""
+    with atomic_file(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file to write; when the block ends well it takes the place of `path`, otherwise it is gone.
+
+    Raises OutputError for an OSError in the block.
+    """
     with explain_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale_parts(path)
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_PART)
         try:
             with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             Path(name).chmod(0o644)

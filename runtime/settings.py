@@ -15,10 +15,15 @@ def _at_least(name: str, value: float, least: float) -> None:
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """How an engine uses the machine. `threads` 0: one per physical core. `spin`: threads poll between batches."""
+    """How an engine uses the machine.
+
+    On CPU, `threads` 0: one per physical core; `spin`: threads poll between batches. On a GPU, `cuda_graphs`: shapes
+    that come back are replayed as CUDA graphs.
+    """
 
     threads: int = 0
     spin: bool = True
+    cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
         _at_least("threads", self.threads, 0)

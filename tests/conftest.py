@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from calibration.texts import verification_texts
+from calibration.texts import calibration_texts, verification_texts
 from export.checkpoint import Checkpoint
 from export.hub import locate
 from export.pipeline import export_bundle
@@ -52,3 +52,21 @@ def bundle(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture
 def bundle_copy(bundle: Bundle, tmp_path: Path) -> Bundle:
     return open_bundle(Path(shutil.copytree(bundle.folder, tmp_path / "bundle")))
+
+
+@pytest.fixture(scope="session")
+def narrow_bundle(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A bundle in fp32, fp16 and bf16, shaped by a few calibration texts and not proven. Read only."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("F2RT_CACHE", str(tmp_path_factory.mktemp("cache")))
+    texts = [t for t in calibration_texts() if len(t.text) < 300][::20]
+    target = tmp_path_factory.mktemp("narrow") / "mini"
+    precisions = [Precision.FP32, Precision.FP16, Precision.BF16]
+    bundle = export_bundle(checkpoint, target, precisions, calibration=texts)
+    patch.undo()
+    return bundle
+
+
+@pytest.fixture
+def narrow_copy(narrow_bundle: Bundle, tmp_path: Path) -> Bundle:
+    return open_bundle(Path(shutil.copytree(narrow_bundle.folder, tmp_path / "bundle")))

@@ -15,14 +15,21 @@ from runtime.batch import Batch
 
 
 class Engine(Protocol):
-    """What an embedder needs of an engine. `run` may be called from one thread at a time."""
+    """What an embedder needs of an engine. `run` may be called from one thread at a time.
+
+    `max_tokens` is the longest text it was built for; None: whatever the model takes.
+    """
 
     name: str
     precision: str
     fingerprint: str
+    max_tokens: int | None
 
     def run(self, batch: Batch) -> NDArray[np.float32]:
-        """Return the unit vectors of a batch, float32 [rows, dim]. Raises EngineError."""
+        """Return the unit vectors of a batch, float32 [rows, dim].
+
+        Raises EngineError, and InputError for a row longer than `max_tokens`.
+        """
         ...
 
     def close(self) -> None:

@@ -1,7 +1,13 @@
-"""ONNX Runtime: runs the bundle's graph on CPU. Input and output as in the bundle's ONNX contract."""
+"""ONNX Runtime: runs the bundle's graph, on CPU or on an NVIDIA GPU. Input and output as in the bundle's ONNX contract.
+
+Asked for the GPU, the library takes the CPU without a word when CUDA cannot be loaded, and for single operators when
+CUDA has no kernel. Both are errors here: what answers is what was asked for.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
 from pathlib import Path
 
 import numpy as np
@@ -9,33 +15,51 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from runtime.batch import Batch
-from runtime.errors import EngineError
+from runtime.errors import EngineError, F2rtError, MissingExtraError, NotExecutableError
 from runtime.settings import EngineSettings
 
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+PROVIDERS = {"onnxruntime": CPU, "onnxruntime-cuda": CUDA}
+
 _OUTPUT = "sentence_embedding"
+# What must not run on the CPU beside a GPU. Shapes and indices are computed there on purpose.
+_HEAVY = {"Attention", "Gemm", "MatMul", "MatMulNBits", "FusedMatMul", "GroupQueryAttention", "MultiHeadAttention"}
 
 
 class OnnxRuntimeEngine:
     """One session on one graph."""
 
-    def __init__(self, path: Path, *, name: str, precision: str, fingerprint: str, settings: EngineSettings) -> None:
-        """Load the graph. Raises EngineError with the library's words when it cannot be loaded."""
+    def __init__(
+        self, path: Path, *, name: str, precision: str, fingerprint: str, settings: EngineSettings, provider: str = CPU
+    ) -> None:
+        """Load the graph.
+
+        Raises EngineError with the library's words when it cannot be loaded; MissingExtraError and NotExecutableError
+        when CUDA was asked for and is not to be had.
+        """
         self.name = name
         self.precision = precision
         self.fingerprint = fingerprint
+        self.max_tokens: int | None = None
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = settings.threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         # Spinning threads keep a core busy between requests; a server shares its cores with gRPC and tokenization.
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if settings.spin else "0")
+        if provider == CUDA:
+            _require_cuda_package()
+            _preload_cuda()
+            options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
         except Exception as error:  # the library's exceptions share no base class
             raise EngineError(
                 f"ONNX Runtime cannot load {path}: {error}",
                 cure="Export the checkpoint again with this f2rt.",
             ) from error
+        if provider == CUDA:
+            check_placement(name, self._session)
 
     def run(self, batch: Batch) -> NDArray[np.float32]:
         """Return float32 [rows, dim]. Raises EngineError when the library fails or a value is not finite."""
@@ -52,3 +76,56 @@ class OnnxRuntimeEngine:
     def close(self) -> None:
         """Drop the session."""
         del self._session
+
+
+def cuda_obstacle() -> F2rtError | None:
+    """Return why ONNX Runtime cannot use a GPU here as far as that shows without a session, or None."""
+    try:
+        _require_cuda_package()
+    except F2rtError as error:
+        return error
+    return None
+
+
+def check_placement(name: str, session: onnxruntime.InferenceSession) -> None:
+    """Make sure that a session asked for CUDA has it, for everything that costs time.
+
+    Raises NotExecutableError when CUDA could not be loaded, EngineError naming the nodes that were put on the CPU.
+    """
+    providers = session.get_providers()
+    if CUDA not in providers:
+        raise NotExecutableError(
+            f"{name} cannot use CUDA here: ONNX Runtime {onnxruntime.__version__} would run on "
+            f"{', '.join(providers)} instead.",
+            cure="It needs an NVIDIA driver, CUDA and cuDNN of the versions it was built for: see nvidia-smi, and "
+            "pip install 'onnxruntime-gpu[cuda,cudnn]'.",
+        )
+    strays = [
+        f"{node.name} ({node.op_type})"
+        for part in session.get_provider_graph_assignment_info()
+        if part.ep_name != CUDA
+        for node in part.get_nodes()
+        if node.op_type in _HEAVY
+    ]
+    if strays:
+        more = f" and {len(strays) - 3} more" if len(strays) > 3 else ""
+        raise EngineError(
+            f"ONNX Runtime {onnxruntime.__version__} has no CUDA kernel for {len(strays)} nodes of {name} and would "
+            f"run them on the CPU: {', '.join(strays[:3])}{more}.",
+            cure="Choose another precision, or the onnxruntime engine.",
+        )
+
+
+def _require_cuda_package() -> None:
+    if CUDA not in onnxruntime.get_available_providers():
+        raise MissingExtraError(
+            f"the ONNX Runtime installed here ({onnxruntime.__version__}) is the package without CUDA.",
+            cure="Both packages are one module, so replace it: pip uninstall onnxruntime, then pip install "
+            "'onnxruntime-gpu[cuda,cudnn]'.",
+        )
+
+
+def _preload_cuda() -> None:
+    """Load CUDA and cuDNN from where pip put them. What is missing the library prints; `check_placement` says it."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        onnxruntime.preload_dlls()
