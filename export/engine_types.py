@@ -115,8 +115,8 @@ def int8_share(graph: Path) -> float:
         producers = [value.producer() if value is not None else None for value in node.inputs]
         matrix = node.inputs[1]
         is_int8 = all(p is not None and p.op_type == "DequantizeLinear" for p in producers)
-        if is_int8:
-            matrix = producers[1].inputs[0]  # type: ignore[union-attr]
+        if producers[1] is not None and producers[1].op_type == "DequantizeLinear":  # also where the input is float16
+            matrix = producers[1].inputs[0]
         constant = matrix.const_value if matrix is not None else None
         size = constant.size if constant is not None else 0
         total += size
