@@ -3,7 +3,7 @@ PYTHON  ?= python3
 VENV    ?= .venv
 MODEL   ?= checkpoints/mini
 BUNDLE  ?= build/$(notdir $(MODEL:/=))
-PRECISIONS ?= fp32 fp16 bf16
+PRECISIONS ?= fp32 fp16 bf16 int8
 BACKENDS ?= onnxruntime tensorrt-rtx
 TARGETS ?= sm80 sm89 sm120
 PROFILE ?= latency
@@ -50,7 +50,7 @@ test: setup  ## the whole test suite
 	$(BIN)/python -m pytest
 
 # The precisions and backends that are compiled; ONNX Runtime needs no build.
-COMPILED := $(filter fp16 bf16,$(PRECISIONS))
+COMPILED := $(filter fp16 bf16 int8,$(PRECISIONS))
 COMPILERS := $(if $(COMPILED),$(filter tensorrt tensorrt-rtx,$(BACKENDS)))
 comma_list = $(subst $(SPACE),$(COMMA),$(strip $(1)))
 
