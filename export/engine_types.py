@@ -112,15 +112,13 @@ def int8_share(graph: Path) -> float:
     for node in ir.load(graph).graph:
         if node.op_type != "MatMul":
             continue
-        producers = [value.producer() if value is not None else None for value in node.inputs]
-        matrix = node.inputs[1]
-        is_int8 = all(p is not None and p.op_type == "DequantizeLinear" for p in producers)
-        if is_int8:
-            matrix = producers[1].inputs[0]  # type: ignore[union-attr]
-        constant = matrix.const_value if matrix is not None else None
-        size = constant.size if constant is not None else 0
+        sources = [value.producer() if value is not None else None for value in node.inputs]
+        dequantized = [source is not None and source.op_type == "DequantizeLinear" for source in sources]
+        # A matrix kept in int8 counts as one also where its input is not rounded and the product is in float16.
+        matrix = sources[1].inputs[0] if sources[1] is not None and dequantized[1] else node.inputs[1]
+        size = matrix.const_value.size if matrix is not None and matrix.const_value is not None else 0
         total += size
-        quantized += size * is_int8
+        quantized += size * all(dequantized)
     return quantized / total if total else 0.0
 
 
