@@ -112,13 +112,15 @@ def int8_share(graph: Path) -> float:
     for node in ir.load(graph).graph:
         if node.op_type != "MatMul":
             continue
-        sources = [value.producer() if value is not None else None for value in node.inputs]
-        dequantized = [source is not None and source.op_type == "DequantizeLinear" for source in sources]
-        # A matrix kept in int8 counts as one also where its input is not rounded and the product is in float16.
-        matrix = sources[1].inputs[0] if sources[1] is not None and dequantized[1] else node.inputs[1]
-        size = matrix.const_value.size if matrix is not None and matrix.const_value is not None else 0
+        producers = [value.producer() if value is not None else None for value in node.inputs]
+        matrix = node.inputs[1]
+        is_int8 = all(p is not None and p.op_type == "DequantizeLinear" for p in producers)
+        if producers[1] is not None and producers[1].op_type == "DequantizeLinear":  # also where the input is float16
+            matrix = producers[1].inputs[0]
+        constant = matrix.const_value if matrix is not None else None
+        size = constant.size if constant is not None else 0
         total += size
-        quantized += size * all(dequantized)
+        quantized += size * is_int8
     return quantized / total if total else 0.0
 
 
