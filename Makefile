@@ -8,6 +8,7 @@ BACKENDS ?= onnxruntime tensorrt-rtx
 TARGETS ?= sm80 sm89 sm120
 PROFILE ?= latency
 ENGINE  ?= auto
+SECONDS_GPU ?= 1500
 GRPC    ?= 127.0.0.1:50051
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.f2rt-installed
@@ -16,7 +17,7 @@ SPACE   := $(subst ,, )
 COMMA   := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help setup proto proto-check lint type test engine parity serve bench clean
+.PHONY: help setup proto proto-check lint type test engine parity serve bench gpu-check clean
 
 help:  ## show the verbs
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -70,6 +71,9 @@ serve: setup  ## serve BUNDLE over gRPC
 
 bench: setup  ## the measurements in bench/ (minutes)
 	$(BIN)/python -m bench
+
+gpu-check: setup  ## everything that needs an NVIDIA GPU: engines, parity, latency beside torch; SECONDS_GPU bounds it
+	$(BIN)/python -m bench.gpu_check --seconds $(SECONDS_GPU)
 
 clean:  ## remove build products (keeps .venv)
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -26,8 +26,11 @@ class Form(Enum):
     FLOAT32_ATTENTION = "float32 from norms and attention"
 
 
-def quantize(source: Path, target: Path, form: Form, *, skip: str = "-") -> int:
-    """Write the graph with every MatMul quantized, except those with `skip` in their name; returns how many."""
+def quantize(source: Path, target: Path, form: Form, *, skip: str = "-", weights_only: str = "-") -> int:
+    """Write the graph with every MatMul quantized; returns how many are.
+
+    Those with `skip` in their name stay as they are, those with `weights_only` get int8 matrices alone.
+    """
     model = ir.load(source)
     graph = model.graph
     activations: dict[str, ir.Value] = {}
@@ -39,10 +42,13 @@ def quantize(source: Path, target: Path, form: Form, *, skip: str = "-") -> int:
         assert x is not None
         assert matrix is not None
         assert matrix.const_value is not None
+        numbers = matrix.const_value.numpy()
+        node.replace_input_with(1, _matrix(graph, node, numbers))
+        if weights_only in str(node.name):
+            continue
         if x.name not in activations:
             activations[str(x.name)] = _activation(graph, node, x, form)
         node.replace_input_with(0, activations[str(x.name)])
-        node.replace_input_with(1, _matrix(graph, node, matrix.const_value.numpy()))
         count += 1
     passes.RemoveUnusedNodesPass()(model)
     used = {value.name for node in graph for value in node.inputs if value is not None}

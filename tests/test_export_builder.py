@@ -96,9 +96,12 @@ def test_graph_of_another_precision_is_refused_before_compiling(narrow_bundle: B
     assert list(tmp_path.iterdir()) == []
 
 
-def test_products_left_in_float16_are_counted(narrow_bundle: Bundle, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["skip", "weights_only"])
+def test_products_left_in_float16_are_counted(narrow_bundle: Bundle, tmp_path: Path, how: str) -> None:
+    """Left out of INT8 as a whole, or with their matrices in int8 and the product in float16."""
     graph = tmp_path / "int8.onnx"
-    quantize(narrow_bundle.path("graphs/fp16.onnx"), graph, Form.FLOAT16, skip="layers.0.mlp.down_proj")
+    left = {how: "layers.0.mlp.down_proj"}
+    assert quantize(narrow_bundle.path("graphs/fp16.onnx"), graph, Form.FLOAT16, **left) == 27
     assert int8_share(graph) == pytest.approx(1 - 320 * 256 / 2_621_440, abs=1e-3)
     built = build(graph, tmp_path / "int8.engine", "int8")
     assert any(flag.startswith("27 of 28 matrix products in int8, 96.") for flag in built.flags), built.flags

@@ -1,0 +1,302 @@
+"""Everything that needs an NVIDIA GPU, in one run: which engines load and run, parity, latency beside torch.
+
+    python -m bench.gpu_check --seconds 1500
+
+Runs as it stands on a machine with torch and CUDA alone (PYTHONPATH at the project's root): this file needs the
+standard library only. Each contestant is a process of its own with its own share of the time, so one that crashes,
+hangs or fills the GPU takes nothing else with it. What is missing is skipped by name, with the reason. One table and
+one line of JSON are printed, and written to bench/results/gpu.md and gpu.json when something ran.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+SIZES = ("0.6B", "mini", "4B")  # in the order in which time is spent
+_TORCH = [(dtype, mode) for dtype in ("float16", "bfloat16") for mode in ("eager", "compiled")]
+_ENGINES = [
+    *((backend, precision) for backend in ("tensorrt", "tensorrt-rtx") for precision in ("fp16", "bf16", "int8")),
+    *(("onnxruntime-cuda", precision) for precision in ("fp16", "int8", "fp32")),
+]
+_SHORT = {"float16": "fp16", "bfloat16": "bf16"}
+_LEAST_SHARE_S = 60.0
+_GRACE_S = 30.0  # beyond its share, before a contestant is ended
+
+PROBE = """
+import json
+try:
+    import torch
+    facts = {"torch": torch.__version__, "cuda": torch.version.cuda}
+    if torch.cuda.is_available():
+        p = torch.cuda.get_device_properties(0)
+        facts |= {"gpu": p.name, "sm": f"sm{p.major}{p.minor}", "memory_gb": round(p.total_memory / 1e9, 1)}
+except ImportError:
+    facts = {"torch": None}
+    from cuda.bindings import runtime
+    error, count = runtime.cudaGetDeviceCount()
+    if int(error) == 0 and count:
+        p = runtime.cudaGetDeviceProperties(0)[1]
+        facts |= {"gpu": bytes(p.name).split(b"\\0")[0].decode(), "sm": f"sm{p.major}{p.minor}"}
+print(json.dumps(facts))
+"""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One process: its name in the table, the size it runs, and its command."""
+
+    name: str
+    size: str
+    command: list[str]
+
+
+@dataclass
+class Row:
+    """One line of the result. `status` is ok, skipped or failed; only an ok line has numbers."""
+
+    check: str
+    engine: str
+    size: str
+    status: str
+    reason: str = ""
+    numbers: dict[str, Any] = field(default_factory=dict)
+
+
+def contestants(sizes: list[str], work: Path) -> list[Contestant]:
+    """Return who runs, in order: for each size torch, then every engine flavour and precision."""
+    found = []
+    for size in sizes:
+        for dtype, mode in _TORCH:
+            command = ["bench.gpu_torch", "--size", size, "--dtype", dtype, "--mode", mode]
+            found.append(Contestant(f"torch {_SHORT[dtype]} {mode}", size, command))
+        for backend, precision in _ENGINES:
+            command = ["bench.gpu_engines", "--size", size, "--backend", backend, "--precision", precision]
+            found.append(Contestant(f"{backend}:{precision}", size, [*command, "--work", str(work)]))
+    return found
+
+
+def device() -> dict[str, Any]:
+    """Return the facts of the GPU as a process of its own sees it; no "gpu" among them means that there is none."""
+    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, timeout=300, check=False)
+    try:
+        facts: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    except (ValueError, IndexError):
+        lines = done.stderr.strip().splitlines()
+        facts = {"torch": None, "problem": lines[-1] if lines else "no answer"}
+    return facts | {"python": platform.python_version(), "driver": driver()}
+
+
+def driver() -> str | None:
+    """Return the NVIDIA driver's version."""
+    with suppress(OSError):
+        version = Path("/sys/module/nvidia/version")
+        if version.is_file():
+            return version.read_text().strip()
+    return None
+
+
+def run(contestant: Contestant, seconds: float) -> Iterator[dict[str, Any]]:
+    """Yield a contestant's lines as they come; past its time it is ended, and what it has not done is said."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", *contestant.command, "--seconds", f"{seconds:.0f}"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # so that its own helpers end with it
+    )
+    lines: queue.Queue[str | None] = queue.Queue()
+    errors: list[str] = []
+    assert process.stdout is not None
+    assert process.stderr is not None
+    readers = [
+        threading.Thread(target=_read, args=(process.stdout, lines.put), daemon=True),
+        threading.Thread(target=_read, args=(process.stderr, lambda x: errors.append(x or "")), daemon=True),
+    ]
+    for reader in readers:
+        reader.start()
+    end = time.monotonic() + seconds + _GRACE_S
+    try:
+        while True:
+            try:
+                line = lines.get(timeout=max(0.0, end - time.monotonic()))
+            except queue.Empty:
+                yield {"skipped": f"out of time after {seconds + _GRACE_S:.0f} s"}
+                return
+            if line is None:
+                break
+            if line.startswith("{"):
+                yield json.loads(line)
+        if process.wait(timeout=_GRACE_S) != 0:
+            readers[1].join(_GRACE_S)
+            yield _death(process.returncode, "".join(errors))
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        for reader, stream in zip(readers, (process.stdout, process.stderr), strict=True):
+            reader.join()
+            stream.close()
+
+
+def _read(stream: Any, put: Any) -> None:
+    for line in stream:
+        put(line)
+    put(None)
+
+
+def _death(status: int, errors: str) -> dict[str, Any]:
+    last = next((line for line in reversed(errors.splitlines()) if line.strip()), "no message")
+    if "ModuleNotFoundError" in last:
+        return {"skipped": f"not installed: {last.partition(': ')[2]}"}
+    if "OutOfMemory" in last or "out of memory" in last:
+        return {"skipped": f"no memory: {last[:200]}"}
+    return {"failed": f"ended with status {status}: {last[:300]}"}
+
+
+def rows_of(contestant: Contestant, lines: Iterator[dict[str, Any]]) -> Iterator[Row]:
+    """Turn a contestant's lines into rows of the result."""
+    for line in lines:
+        check = line.pop("check", "latency" if "rows" in line else "all")
+        skipped, failed = line.pop("skipped", ""), line.pop("failed", "")
+        if check == "parity" and line["verdict"] != "pass":
+            problem = line.get("reason") or "; ".join(line.get("problems", []))
+            skipped, failed = (problem, "") if line["verdict"] == "not_executed" else ("", problem or "below a limit")
+        if check == "runs" and not line["finite"]:
+            failed = "a vector is not finite"
+        status = "skipped" if skipped else "failed" if failed else "ok"
+        yield Row(check, contestant.name, contestant.size, status, skipped or failed, line)
+
+
+def check(sizes: list[str], seconds: float, work: Path) -> tuple[dict[str, Any], list[Row]]:
+    """Run everything within `seconds`, a grace for the last one aside. Returns the device's facts and the rows."""
+    facts = device()
+    everyone = contestants(sizes, work)
+    if "gpu" not in facts:
+        return facts, [Row("all", c.name, c.size, "skipped", "no CUDA device") for c in everyone]
+    end = time.monotonic() + seconds
+    rows: list[Row] = []
+    absent: dict[str, str] = {}
+    for index, contestant in enumerate(everyone):
+        left = end - time.monotonic()
+        if contestant.name in absent:  # what is missing for one size is missing for all
+            rows.append(Row("all", contestant.name, contestant.size, "skipped", absent[contestant.name]))
+            continue
+        if left < _LEAST_SHARE_S / 2:
+            rows.append(Row("all", contestant.name, contestant.size, "skipped", "out of time"))
+            continue
+        share = min(left, max(_LEAST_SHARE_S, 2 * left / (len(everyone) - index)))
+        print(f"{contestant.size} {contestant.name}: up to {share:.0f} s", file=sys.stderr, flush=True)
+        found = list(rows_of(contestant, run(contestant, share)))
+        rows += found or [Row("all", contestant.name, contestant.size, "failed", "it printed nothing")]
+        if [(row.check, row.status) for row in found] == [("all", "skipped")] and "out of time" not in found[0].reason:
+            absent[contestant.name] = found[0].reason
+    return facts, rows
+
+
+COLUMNS = ["check", "engine", "size", "rows x tokens", "median ms", "texts/s", "against best torch", "result"]
+
+
+def table(rows: list[Row]) -> list[list[str]]:
+    """Return the rows as texts under COLUMNS. A ratio above 1: faster than the fastest torch at that shape."""
+    best: dict[tuple[str, int, int], float] = {}
+    for row in rows:
+        if row.status == "ok" and row.check == "latency" and row.engine.startswith("torch"):
+            key = (row.size, row.numbers["rows"], row.numbers["tokens"])
+            best[key] = min(best.get(key, float("inf")), row.numbers["median_ms"])
+    lines = []
+    for row in rows:
+        n, shape, ratio = row.numbers, "", ""
+        if "rows" in n:
+            shape = f"{n['rows']} x {n['tokens']}"
+            torch_ms = best.get((row.size, n["rows"], n["tokens"]))
+            if torch_ms and "median_ms" in n:
+                ratio = f"{torch_ms / n['median_ms']:.2f}"
+        result = f"{row.status}: {row.reason}" if row.reason else row.status
+        if "min_cosine" in n:
+            result += f", min cosine {n['min_cosine']:.6f} on {n['texts']} texts"
+        if "build_s" in n:
+            result += f", built in {n['build_s']} s, loaded in {n['load_s']} s"
+        median, rate = (f"{n[k]:.3f}" if k in n else "" for k in ("median_ms", "texts_per_s"))
+        lines.append([row.check, row.engine, row.size, shape, median, rate, ratio, result])
+    return lines
+
+
+def plain(lines: list[list[str]]) -> str:
+    """Return a table for a terminal."""
+    widths = [max(len(line[i]) for line in [COLUMNS, *lines]) for i in range(len(COLUMNS) - 1)]
+    return "\n".join(
+        "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[-1]]).rstrip()
+        for line in [COLUMNS, *lines]
+    )
+
+
+def markdown(lines: list[list[str]], facts: dict[str, Any], command: str, note: str) -> str:
+    """Return the same table for a page."""
+    body = [COLUMNS, ["---"] * len(COLUMNS), *lines]
+    where = ", ".join(f"{key} {value}" for key, value in facts.items() if value is not None)
+    cells = "\n".join(f"| {' | '.join(line)} |" for line in body)
+    return f"# GPU check\n\n```\n{command}\n```\n\n{cells}\n\n- {note}\n- {where}\n"
+
+
+def main() -> None:
+    """Run the check; exits with 0 unless something that could run failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=1500.0, help="for everything together")
+    parser.add_argument("--sizes", default=",".join(SIZES), help="comma-separated, in order: mini, 0.6B, 4B")
+    parser.add_argument("--work", type=Path, help="where checkpoints and engines go; a temporary folder by default")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where gpu.json and gpu.md go")
+    options = parser.parse_args()
+    sizes = [size.strip() for size in options.sizes.split(",") if size.strip()]
+    if not sizes or set(sizes) - set(SIZES):
+        parser.error(f"--sizes {options.sizes!r}: choose of {', '.join(SIZES)}")
+    if options.work is not None:
+        options.work.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="f2rt-gpu-", dir=options.work) as folder:
+        facts, rows = check(sizes, options.seconds, Path(folder))
+    command = f"python -m bench.gpu_check --seconds {options.seconds:g} --sizes {','.join(sizes)}"
+    counts = {status: sum(row.status == status for row in rows) for status in ("ok", "skipped", "failed")}
+    note = f"{counts['ok']} ok, {counts['failed']} failed, {counts['skipped']} skipped"
+    lines = table(rows)
+    print(plain(lines))
+    whole = {
+        "name": "gpu",
+        "command": command,
+        "device": facts,
+        "seconds": round(time.monotonic() - started, 1),
+        "counts": counts,
+        "results": [vars(row) for row in rows],
+    }
+    if counts["ok"] or counts["failed"]:
+        options.results.mkdir(parents=True, exist_ok=True)
+        (options.results / "gpu.json").write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+        (options.results / "gpu.md").write_text(markdown(lines, facts, command, note), encoding="utf-8")
+        print(f"{note}; written to {options.results}")
+    else:
+        why = "no CUDA device here" if "gpu" not in facts else "nothing could run"
+        print(f"{note}. {why}: nothing was executed, nothing was measured and no result was written.")
+    print(json.dumps(whole), flush=True)
+    sys.exit(1 if counts["failed"] else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,360 @@
+"""The GPU check without a GPU: what it says then, and that its parts measure what they claim."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bench import gpu_check, gpu_engines, gpu_torch
+from bench.gpu_check import Contestant, Row, rows_of, table
+from bench.gpu_torch import SIZES
+from export import synth
+from export.checkpoint import Checkpoint
+from export.config import EncoderConfig
+from export.reference import Reference
+from runtime.bundle import Bundle, EngineRecord
+from runtime.engines import Engine
+from runtime.engines.onnxruntime import OnnxRuntimeEngine
+from runtime.golden import row_cosines
+from runtime.settings import EngineSettings
+
+ROOT = Path(__file__).parent.parent
+
+
+def command(*arguments: str, python: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *python, "-m", "bench.gpu_check", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+# --- without a GPU, for real
+
+
+def test_without_a_gpu_everything_is_skipped_by_name(tmp_path: Path) -> None:
+    """-S: not even site-packages are there for the command itself."""
+    done = command("--results", str(tmp_path / "results"), python=("-S",))
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    whole = json.loads(lines[-1])
+    assert whole["counts"] == {"ok": 0, "skipped": 39, "failed": 0}
+    assert {row["reason"] for row in whole["results"]} == {"no CUDA device"}
+    assert {row["size"] for row in whole["results"]} == {"mini", "0.6B", "4B"}
+    for name in (
+        "torch fp16 compiled",
+        "torch bf16 eager",
+        "tensorrt:int8",
+        "tensorrt-rtx:fp16",
+        "onnxruntime-cuda:fp16",
+    ):
+        assert sum(name in line and "skipped: no CUDA device" in line for line in lines) == 3, name
+    assert "no CUDA device here: nothing was executed, nothing was measured and no result was written." in done.stdout
+    assert not (tmp_path / "results").exists()
+
+
+def test_make_runs_it(tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["make", "-n", "gpu-check", "SECONDS_GPU=77"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert "-m bench.gpu_check --seconds 77" in done.stdout, done.stderr
+
+
+def test_unknown_size_is_refused() -> None:
+    done = command("--sizes", "7B")
+    assert done.returncode == 2
+    assert "choose of 0.6B, mini, 4B" in done.stderr
+
+
+# --- the torch side
+
+
+def test_shapes_are_the_familys(checkpoint: Checkpoint) -> None:
+    def same(ours: gpu_torch.Encoder, config: EncoderConfig) -> None:
+        theirs = (config.vocab_size, config.hidden_size, config.layers, config.heads, config.kv_heads)
+        assert (ours.vocabulary, ours.hidden, ours.layers, ours.heads, ours.kv_heads) == theirs
+        assert (ours.mlp, ours.head_dim) == (config.intermediate_size, config.head_dim)
+        assert ours.parameters == synth.parameters(config)
+        assert (config.rms_norm_eps, config.rope_theta) == (1e-6, 1e6)
+
+    same(SIZES["mini"], checkpoint.config)
+    same(SIZES["0.6B"], synth.SIZES["0.6B"])
+    same(SIZES["4B"], synth.SIZES["4B"])
+    assert [(r, t) for r in (1, 8, 64) for t in (32, 128, 512)] == gpu_torch.SHAPES
+
+
+def test_torch_baseline_is_the_model(mini: Path, reference: Reference) -> None:
+    """The same vectors as transformers' from the same weights: a baseline that computes less would be no baseline."""
+    model = gpu_torch.load(SIZES["mini"], torch.float32, "cpu", mini)
+    ids = np.random.default_rng(0).integers(0, 15_000, (5, 40))
+    vectors = gpu_torch.runner(model, "cpu", "eager")(ids)
+    expected = np.stack([reference.embed(row.tolist()) for row in ids])
+    assert np.abs(vectors - expected).max() < 1e-5
+    half = gpu_torch.runner(gpu_torch.load(SIZES["mini"], torch.bfloat16, "cpu", mini), "cpu", "eager")(ids)
+    assert 0.995 < row_cosines(half, expected).min() < 0.999999
+
+
+def test_torch_is_timed_shape_by_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_torch, "SHAPES", [(1, 8), (2, 16), (4, 8)])
+    lines = list(gpu_torch.measure("mini", "bfloat16", "eager", "cpu", 6.0))
+    assert [(line["rows"], line["tokens"]) for line in lines] == [(1, 8), (2, 16), (4, 8)]
+    for line in lines:
+        assert 0 < line["min_ms"] <= line["median_ms"] <= line["p90_ms"]
+        assert line["runs"] >= 5
+        assert line["texts_per_s"] == pytest.approx(1e3 * line["rows"] / line["median_ms"], rel=0.01)
+    over = list(gpu_torch.measure("mini", "bfloat16", "eager", "cpu", 0.0))
+    assert [line["skipped"] for line in over] == ["out of time"] * 3
+
+
+def test_clock_counts_from_host_to_host() -> None:
+    calls = 0
+
+    def slow(ids: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        assert ids.shape == (2, 3)
+        time.sleep(0.02)
+
+    line = gpu_torch.clock(slow, 2, 3, 100, 0.3)
+    assert line["median_ms"] >= 20
+    assert line["runs"] >= 5
+    assert calls > line["runs"]  # the warm-up came first and was not counted
+
+
+@pytest.mark.slow
+def test_compiled_torch_gives_the_same(mini: Path) -> None:
+    model = gpu_torch.load(SIZES["mini"], torch.float32, "cpu", mini)
+    ids = np.random.default_rng(0).integers(0, 15_000, (2, 16))
+    eager = gpu_torch.runner(model, "cpu", "eager")(ids)
+    assert row_cosines(gpu_torch.runner(model, "cpu", "compiled")(ids), eager).min() > 0.99999
+
+
+# --- the engines' side, with the CPU's engine in the place of the GPU's
+
+
+def test_engine_is_built_run_timed_and_proven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Really exported and compiled, for a GPU that is not here; what runs is ONNX Runtime on the same graph."""
+    monkeypatch.setenv("F2RT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(gpu_torch, "SHAPES", [(1, 8), (2, 16)])
+    monkeypatch.setattr(gpu_torch, "_MOST", 10)
+    monkeypatch.setattr(gpu_engines, "PARITY_TEXTS", 12)
+    opened: list[str] = []
+
+    def stand_in(bundle: Bundle, record: EngineRecord, settings: EngineSettings) -> Engine:
+        opened.append(record.full_name)
+        path = bundle.path(f"graphs/{record.precision}.onnx")
+        return OnnxRuntimeEngine(
+            path, name=record.name, precision=record.precision, fingerprint=record.fingerprint, settings=settings
+        )
+
+    monkeypatch.setattr("runtime.loader.open_raw_engine", stand_in)
+    monkeypatch.setattr("export.parity.open_raw_engine", stand_in)
+    monkeypatch.setattr("calibration.texts.calibration_texts", short_texts)
+    runs, first, second, parity = gpu_engines.check("mini", "tensorrt-rtx", "fp16", tmp_path, 300.0, target="sm89")
+    assert opened == ["tensorrt-rtx:fp16@sm89"] * 2
+    assert runs["finite"] is True
+    assert any("fp16" in flag for flag in runs["flags"])
+    assert [(x["rows"], x["tokens"]) for x in (first, second)] == [(1, 8), (2, 16)]
+    assert first["median_ms"] > 0
+    assert (parity["verdict"], parity["omitted"]) == ("pass", 0)
+    assert parity["min_cosine"] > 0.9995
+
+
+def short_texts() -> list[Any]:
+    from calibration import texts
+
+    return [t for t in texts.read_texts(ROOT / "calibration" / "calibration.jsonl") if len(t.text) < 300][::40]
+
+
+def test_agreement_compares_with_torch_from_the_same_weights(mini: Path, reference: Reference) -> None:
+    ids = np.random.default_rng(0).integers(0, 15_000, (3, 20))
+    vectors = np.stack([reference.embed(row.tolist()) for row in ids])
+    same = gpu_engines.agreement("mini", mini, ids, vectors)
+    assert same["check"] == "agreement"
+    assert same["min_cosine"] > 0.99999
+    assert gpu_engines.agreement("mini", mini, ids, vectors[::-1].copy())["min_cosine"] < 0.99
+
+
+@pytest.mark.parametrize(
+    ("backend", "words"),
+    [
+        ("tensorrt", "tensorrt is not installed here"),
+        ("tensorrt-rtx", "there is no GPU here"),
+        ("onnxruntime-cuda", "package without CUDA"),
+    ],
+)
+def test_engine_that_cannot_be_is_one_line_with_the_reason(tmp_path: Path, backend: str, words: str) -> None:
+    arguments = ["--size", "4B", "--backend", backend, "--precision", "fp16", "--work", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.gpu_engines", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    assert words in json.loads(line)["skipped"]
+    assert list(tmp_path.iterdir()) == []  # found out before a checkpoint of 8 GB was written
+
+
+# --- the orchestra
+
+
+@pytest.fixture
+def player(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a maker of contestants that run a few lines of Python."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(gpu_check, "_GRACE_S", 0.5)
+    made = 0
+
+    def make(source: str, name: str = "engine") -> Contestant:
+        nonlocal made
+        made += 1
+        (tmp_path / f"player{made}.py").write_text(source)
+        return Contestant(name, "mini", [f"player{made}"])
+
+    return make
+
+
+def played(contestant: Contestant, seconds: float = 20.0) -> list[Row]:
+    return list(rows_of(contestant, gpu_check.run(contestant, seconds)))
+
+
+def test_lines_become_rows(player: Any) -> None:
+    good = player(
+        "import json\nprint('noise')\n"
+        "print(json.dumps({'check': 'runs', 'finite': True, 'build_s': 1, 'load_s': 2}))\n"
+        "print(json.dumps({'rows': 1, 'tokens': 32, 'median_ms': 2.0}))\n"
+        "print(json.dumps({'rows': 8, 'tokens': 32, 'skipped': 'out of time'}))\n"
+        "print(json.dumps({'check': 'parity', 'verdict': 'fail', 'problems': ['single: min cosine']}))\n"
+        "print(json.dumps({'check': 'parity', 'verdict': 'not_executed', 'reason': 'no GPU'}))\n"
+        "print(json.dumps({'check': 'runs', 'finite': False}))\n"
+    )
+    rows = played(good)
+    assert [(r.check, r.status, r.reason) for r in rows] == [
+        ("runs", "ok", ""),
+        ("latency", "ok", ""),
+        ("latency", "skipped", "out of time"),
+        ("parity", "failed", "single: min cosine"),
+        ("parity", "skipped", "no GPU"),
+        ("runs", "failed", "a vector is not finite"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("source", "status", "reason"),
+    [
+        ("raise ValueError('broken')", "failed", "ended with status 1: ValueError: broken"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "failed", "ended with status -11"),
+        ("import a_library_nobody_has", "skipped", "not installed: No module named 'a_library_nobody_has'"),
+        (
+            "class OutOfMemoryError(RuntimeError): pass\nraise OutOfMemoryError('CUDA out of memory.')",
+            "skipped",
+            "no memory: ",
+        ),
+    ],
+    ids=["exception", "crash", "missing", "memory"],
+)
+def test_death_of_a_contestant_is_its_own(player: Any, source: str, status: str, reason: str) -> None:
+    rows = played(player(f'print(\'{{"rows": 1, "tokens": 2}}\', flush=True)\n{source}'))
+    assert rows[0].status == "ok"  # what it had done is kept
+    assert (rows[1].status, len(rows)) == (status, 2)
+    assert rows[1].reason.startswith(reason)
+
+
+def test_contestant_that_hangs_is_ended_with_its_children(player: Any, tmp_path: Path) -> None:
+    hanging = player(
+        "import subprocess, sys, time\n"
+        f"child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        f"open({str(tmp_path / 'pid')!r}, 'w').write(str(child.pid))\n"
+        'print(\'{"rows": 1, "tokens": 2}\', flush=True)\ntime.sleep(600)\n'
+    )
+    start = time.monotonic()
+    rows = played(hanging, 3.0)
+    assert time.monotonic() - start < 30
+    assert [r.status for r in rows] == ["ok", "skipped"]
+    assert rows[1].reason.startswith("out of time after")
+    child = int((tmp_path / "pid").read_text())
+    for _ in range(100):
+        if not alive(child):
+            break
+        time.sleep(0.05)
+    assert not alive(child)
+
+
+def alive(pid: int) -> bool:
+    """A process that was killed and not yet collected by anybody counts as gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_time_is_bounded_and_what_is_missing_is_missing_once(
+    player: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing = player("import json; print(json.dumps({'skipped': 'tensorrt is not installed here'}))", "tensorrt:fp16")
+    works = player('print(\'{"rows": 1, "tokens": 2, "median_ms": 3.0}\')', "torch fp16 eager")
+    silent = player("", "silent")
+    late = player("raise SystemExit('never started')", "late")
+    order = [works, missing, Contestant("tensorrt:fp16", "4B", ["never_started"]), silent, late]
+    monkeypatch.setattr(gpu_check, "device", lambda: {"gpu": "a double"})
+    monkeypatch.setattr(gpu_check, "contestants", lambda sizes, work: order)
+    clock = iter([0.0, 1.0, 2.0, 3.0, 4.0, 95.0])
+
+    class Time:
+        monotonic = staticmethod(lambda: next(clock, 95.0))
+
+    real = gpu_check.run
+    monkeypatch.setattr(gpu_check, "time", Time)
+    monkeypatch.setattr(gpu_check, "run", lambda contestant, seconds: timed(real, contestant))
+
+    def timed(run: Any, contestant: Contestant) -> list[dict[str, Any]]:
+        monkeypatch.setattr(gpu_check, "time", time)
+        lines = list(run(contestant, 20.0))
+        monkeypatch.setattr(gpu_check, "time", Time)
+        return lines
+
+    facts, rows = gpu_check.check(["mini"], 100.0, tmp_path)
+    assert facts == {"gpu": "a double"}
+    assert [(r.engine, r.size, r.status, r.reason) for r in rows] == [
+        ("torch fp16 eager", "mini", "ok", ""),
+        ("tensorrt:fp16", "mini", "skipped", "tensorrt is not installed here"),
+        ("tensorrt:fp16", "4B", "skipped", "tensorrt is not installed here"),
+        ("silent", "mini", "failed", "it printed nothing"),
+        ("late", "mini", "skipped", "out of time"),
+    ]
+
+
+def test_table_compares_with_the_fastest_torch() -> None:
+    def latency(engine: str, ms: float, size: str = "mini") -> Row:
+        numbers = {"rows": 8, "tokens": 32, "median_ms": ms, "texts_per_s": 8e3 / ms}
+        return Row("latency", engine, size, "ok", "", numbers)
+
+    rows = [
+        latency("torch fp16 eager", 4.0),
+        latency("torch fp16 compiled", 3.0),
+        latency("tensorrt:fp16", 1.5),
+        latency("tensorrt:fp16", 1.5, "4B"),
+        Row("runs", "tensorrt:fp16", "mini", "ok", "", {"build_s": 9.0, "load_s": 0.5, "finite": True}),
+        Row("parity", "tensorrt:fp16", "mini", "ok", "", {"verdict": "pass", "min_cosine": 0.9999, "texts": 202}),
+    ]
+    lines = table(rows)
+    assert [line[6] for line in lines] == ["0.75", "1.00", "2.00", "", "", ""]
+    assert lines[2][3:6] == ["8 x 32", "1.500", "5333.333"]
+    assert lines[4][7] == "ok, built in 9.0 s, loaded in 0.5 s"
+    assert lines[5][7] == "ok, min cosine 0.999900 on 202 texts"
