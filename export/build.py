@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import runtime
-from export.builder import MODULES, Progress, build_engine, library_version
+from export.builder import MODULES, PRECISIONS, Progress, build_engine, library_version
 from export.precision import Precision
 from export.profiles import Profile
 from runtime.bundle import (
@@ -21,8 +21,10 @@ from runtime.bundle import (
     open_bundle,
     write_manifest,
 )
-from runtime.errors import InputError
+from runtime.errors import EngineError, InputError
 from runtime.files import sha256_file, write_atomic
+
+_BEST = Precision.FP16
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,17 @@ def add_engine(
     reason = _stale(bundle, old, graph, backend, version, wanted)
     if old is not None and reason is None:
         return Outcome(old, False, "nothing it depends on has changed")
-    built = build_engine(bundle.path(graph.model.file), backend, precision, profiles, target=target, progress=progress)
+    try:
+        built = build_engine(
+            bundle.path(graph.model.file), backend, precision, profiles, target=target, progress=progress
+        )
+    except (InputError, EngineError) as error:
+        if graph.origin is None or (isinstance(error, InputError) and precision in PRECISIONS):
+            raise
+        raise type(error)(
+            f"{error.message} This graph was given with --from-onnx; it is {graph.origin.producer}'s.",
+            cure=f"f2rt's own is made for its builders: export again without --from-onnx, with --precision {_BEST}.",
+        ) from error
     file = f"engines/{backend}/{precision}-{built.target}.engine"
     write_atomic(bundle.path(file), built.data)
     sha256 = hashlib.sha256(built.data).hexdigest()

@@ -80,8 +80,27 @@ class Rescaling:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where a graph came from that is not f2rt's own: who wrote the files found at `id`, as the user gave it.
+
+    `files` are the given ones, before pooling and normalization were added. `hidden_states` is the output that was
+    pooled, `dropped_outputs` were left out, `generated_inputs` are made inside.
+    """
+
+    id: str
+    producer: str
+    files: list[FileRecord]
+    hidden_states: str
+    dropped_outputs: list[str]
+    generated_inputs: list[str]
+
+
+@dataclass(frozen=True)
 class GraphRecord:
-    """One ONNX graph and its external data. `calibration_sha256` names the texts whose activations shaped it."""
+    """One ONNX graph and its external data. `calibration_sha256` names the texts whose activations shaped it.
+
+    `origin` is None for a graph that f2rt wrote from the checkpoint.
+    """
 
     precision: str
     model: FileRecord
@@ -89,6 +108,7 @@ class GraphRecord:
     opset: int
     rescaling: list[Rescaling] = field(default_factory=list)
     calibration_sha256: str | None = None
+    origin: Origin | None = None
 
 
 @dataclass(frozen=True)
@@ -178,9 +198,10 @@ class Bundle:
             if record.precision == precision:
                 return record
         names = ", ".join(record.precision for record in self.manifest.graphs)
+        own = " and without --from-onnx" if any(record.origin for record in self.manifest.graphs) else ""
         raise NotFoundError(
             f"the bundle {self.folder} has no {precision} graph; it has: {names}.",
-            cure=f"Export it again with --precision {precision}.",
+            cure=f"Export it again with --precision {precision}{own}.",
         )
 
 
