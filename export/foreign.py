@@ -89,6 +89,11 @@ def open_foreign(source: Path, config: EncoderConfig) -> ForeignGraph:
     if domains:
         notices.append(f"{path} uses operators of {', '.join(domains)}: not every backend reads them")
     precision = _precision(path, model)
+    if precision is Precision.FP16:
+        notices.append(
+            "the given graph is float16 throughout: ONNX Runtime on CPU computes parts of it in float32, so a pass "
+            "there says nothing of overflow on a GPU"
+        )
     return ForeignGraph(source, path, data, model, precision, hidden, past, dropped, tuple(notices))
 
 
