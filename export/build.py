@@ -24,7 +24,7 @@ from runtime.bundle import (
 from runtime.errors import EngineError, InputError
 from runtime.files import sha256_file, write_atomic
 
-_BEST = Precision.FP16
+_OWN_GRAPH = "f2rt's own is made for its builders: export again without --from-onnx, with --precision fp16."
 
 
 @dataclass(frozen=True)
@@ -60,16 +60,21 @@ def add_engine(
     reason = _stale(bundle, old, graph, backend, version, wanted)
     if old is not None and reason is None:
         return Outcome(old, False, "nothing it depends on has changed")
+    if graph.origin is not None and precision not in PRECISIONS:
+        raise InputError(
+            f"{backend} engines are built in {', '.join(PRECISIONS)}; this bundle's only graph is {precision} and is "
+            f"{graph.origin.producer}'s, given with --from-onnx.",
+            cure=_OWN_GRAPH,
+        )
     try:
         built = build_engine(
             bundle.path(graph.model.file), backend, precision, profiles, target=target, progress=progress
         )
-    except (InputError, EngineError) as error:
-        if graph.origin is None or (isinstance(error, InputError) and precision in PRECISIONS):
+    except EngineError as error:
+        if graph.origin is None:
             raise
-        raise type(error)(
-            f"{error.message} This graph was given with --from-onnx; it is {graph.origin.producer}'s.",
-            cure=f"f2rt's own is made for its builders: export again without --from-onnx, with --precision {_BEST}.",
+        raise EngineError(
+            f"{error.message} This graph was given with --from-onnx; it is {graph.origin.producer}'s.", cure=_OWN_GRAPH
         ) from error
     file = f"engines/{backend}/{precision}-{built.target}.engine"
     write_atomic(bundle.path(file), built.data)

@@ -320,7 +320,7 @@ def test_builders_say_what_to_do_instead(checkpoint: Checkpoint, stock: Stock, t
     bundle = adopt(checkpoint, stock("dynamic"), tmp_path / "bundle")
     before = (bundle.folder / "manifest.json").read_bytes()
     profiles = (Profile(1, 64),)
-    with pytest.raises(InputError, match=r"does not build fp32: .*--from-onnx") as refused:
+    with pytest.raises(InputError, match=r"engines are built in fp16.* is pytorch .*--from-onnx") as refused:
         add_engine(bundle.folder, "tensorrt-rtx", Precision.FP32, profiles, target="sm89")
     assert "without --from-onnx, with --precision fp16" in refused.value.cure
     with pytest.raises(NotFoundError, match="without --from-onnx"):
