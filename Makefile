@@ -12,15 +12,17 @@ SECONDS_GPU ?= 1500
 GRPC    ?= 127.0.0.1:50051
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.f2rt-installed
+OPTIMUM := .venv-optimum
+OPTIMUM_STAMP := $(OPTIMUM)/.f2rt-installed
 PROTOS  := $(shell find proto -name '*.proto' 2>/dev/null)
 SPACE   := $(subst ,, )
 COMMA   := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help setup proto proto-check lint type test engine parity serve bench gpu-check clean
+.PHONY: help setup proto proto-check lint type test engine parity serve bench gpu-check optimum-check clean
 
 help:  ## show the verbs
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  variables: MODEL=$(MODEL) BUNDLE=$(BUNDLE) PRECISIONS=\"$(PRECISIONS)\" BACKENDS=\"$(BACKENDS)\" TARGETS=\"$(TARGETS)\" ENGINE=$(ENGINE) GRPC=$(GRPC) PYTHON=$(PYTHON)"
 
 setup: $(STAMP)  ## create the environment (.venv) when it is missing or out of date
@@ -74,6 +76,15 @@ bench: setup  ## the measurements in bench/ (minutes)
 
 gpu-check: setup  ## everything that needs an NVIDIA GPU: engines, parity, latency beside torch; SECONDS_GPU bounds it
 	$(BIN)/python -m bench.gpu_check --seconds $(SECONDS_GPU)
+
+$(OPTIMUM_STAMP): pyproject.toml
+	@test -x $(OPTIMUM)/bin/python || $(PYTHON) -m venv $(OPTIMUM)
+	$(OPTIMUM)/bin/python -m pip install --quiet --disable-pip-version-check $(shell grep '^torch==' constraints.txt)
+	$(OPTIMUM)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[optimum]'
+	@touch $@
+
+optimum-check: setup $(OPTIMUM_STAMP)  ## export MODEL with Optimum (in .venv-optimum), take it in, prove it
+	$(BIN)/python -m bench optimum --model $(MODEL) --results build/optimum
 
 clean:  ## remove build products (keeps .venv)
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""The command: python -m bench [export|latency|grpc] [options]. Without a name, all of them with their defaults."""
+"""The command: python -m bench [export|latency|grpc|graphs|optimum] [options]. Without a name, the first four."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ def everything(context: typer.Context) -> None:
         export_command()
         latency_command()
         grpc_command()
+        graphs_command()
 
 
 @app.command("export")
@@ -82,6 +83,37 @@ def grpc_command(
         from bench.grpc_overhead import measure
 
         _publish(measure(bundle, folder, seconds), ["numpy", "onnxruntime", "grpcio", "protobuf"], results)
+
+
+@app.command("graphs")
+def graphs_command(
+    size: Annotated[str, typer.Option(help="mini, or a size of the family.")] = "mini",
+    seconds: Annotated[float, typer.Option(help="For all shapes together; at least five repetitions each.")] = 60.0,
+    from_onnx: Annotated[Path | None, typer.Option(help="A graph of the same checkpoint, measured besides.")] = None,
+    work: WorkOption = None,
+    results: ResultsOption = RESULTS,
+) -> None:
+    """Our graph beside those of other exporters: nodes, latency, what TensorRT-RTX says."""
+    with console.readable_errors(), _work_folder(work) as folder:
+        from bench.graphs import measure
+
+        packages = ["onnx-ir", "onnxruntime", "onnxscript", "tensorrt-rtx", "torch", "transformers"]
+        _publish(measure(size, folder, seconds, from_onnx), packages, results)
+
+
+@app.command("optimum")
+def optimum_command(
+    model: Annotated[Path, typer.Option(help="A checkpoint's folder.")] = Path("checkpoints/mini"),
+    work: WorkOption = None,
+    results: ResultsOption = RESULTS,
+) -> None:
+    """Optimum's real exports, taken in and proven; needs the environment that `make optimum-check` creates."""
+    with console.readable_errors(), _work_folder(work) as folder:
+        from bench.optimum import measure
+
+        result = measure(model, folder)
+        _publish(result, ["onnx-ir", "onnxruntime", "torch", "transformers"], results)
+    raise typer.Exit(0 if result.data["passed"] else 1)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def measure(size: str, work: Path, seconds: float) -> Result:
         raise InputError(f"there is no size {size!r}.", cure=f"Choose one of {', '.join(SIZES)}.")
     checkpoint, bundle = work / f"checkpoint-{size}", work / f"bundle-{size}"
     try:
-        _say(f"{size}: synthesizing and exporting")
+        say(f"{size}: synthesizing and exporting")
         write_checkpoint(size, checkpoint)
         opened = Checkpoint.open(locate(str(checkpoint)))
         exported = export_bundle(opened, bundle, [Precision.FP32])
@@ -79,7 +79,7 @@ def measure(size: str, work: Path, seconds: float) -> Result:
         for rows, tokens in SHAPES:
             ids = rng.integers(0, opened.config.vocab_size, (rows, tokens)).tolist()
             batch = make_batch(ids, opened.contract.pad_id)
-            shapes.append(_compare(contestants, batch, seconds / len(SHAPES)))
+            shapes.append(compare(contestants, batch, seconds / len(SHAPES)))
         engine.close()
     finally:
         shutil.rmtree(checkpoint, ignore_errors=True)
@@ -108,11 +108,12 @@ def _transformers(folder: Path, dtype: str, threads: int) -> Run:
     return run
 
 
-def _compare(contestants: dict[str, Run], batch: Batch, seconds: float) -> Shape:
+def compare(contestants: dict[str, Run], batch: Batch, seconds: float, *, truth: str = TORCH) -> Shape:
+    """Time all contestants on one batch in turns; cosines are taken to the vectors of `truth`."""
     rows, tokens = batch.input_ids.shape
     # The first run of each is the warm-up, and shows that all give the same vectors.
     vectors = {name: run(batch) for name, run in contestants.items()}
-    cosines = {name: _min_cosine(vectors[name], vectors[TORCH]) for name in contestants}
+    cosines = {name: _min_cosine(vectors[name], vectors[truth]) for name in contestants}
     times: dict[str, list[float]] = {name: [] for name in contestants}
     names = list(contestants)
     end = time.monotonic() + seconds
@@ -125,7 +126,7 @@ def _compare(contestants: dict[str, Run], batch: Batch, seconds: float) -> Shape
         names = [*names[1:], names[0]]
     shape = Shape(rows, tokens, times, cosines)
     shown = ", ".join(f"{name} {median(t):.1f} ms" for name, t in times.items())
-    _say(f"{rows} x {tokens}: {shown} ({len(times[OURS])} repetitions)")
+    say(f"{rows} x {tokens}: {shown} ({len(times[OURS])} repetitions)")
     return shape
 
 
@@ -190,5 +191,6 @@ def _result(size: str, seconds: float, threads: int, shapes: list[Shape]) -> Res
     )
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Tell on standard error what is being done."""
     print(text, file=sys.stderr, flush=True)

@@ -91,7 +91,7 @@ def publish(result: Result, facts: Machine, folder: Path) -> None:
     screen = console.out()
     screen.print(table)
     for note in result.notes:
-        screen.print(f"- {note}")
+        screen.print(f"- {note}", markup=False)
     whole = {"name": result.name, "command": result.command, "machine": asdict(facts), **result.data}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{result.name}.json").write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")

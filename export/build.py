@@ -13,6 +13,7 @@ from pathlib import Path
 
 import runtime
 from export.builder import (
+    PRECISIONS,
     Target,
     build_engine,
     check_backend,
@@ -29,10 +30,12 @@ from runtime.bundle import (
     open_bundle,
     write_manifest,
 )
-from runtime.errors import InputError
+from runtime.errors import EngineError, InputError
 from runtime.files import sha256_file
 
 ONNXRUNTIME_CUDA = "onnxruntime-cuda"
+
+_OWN_GRAPH = "f2rt's own is made for its builders: export again without --from-onnx, with --precision fp16."
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ def add_engine(
     bundle = open_bundle(folder)
     if backend == ONNXRUNTIME_CUDA:
         return _add_onnxruntime_cuda(bundle, precision, target)
+    _refuse_foreign(bundle, backend, precision)
     check_backend(backend, precision)
     graph = bundle.graph(precision)
     _check_profiles(bundle, profiles)
@@ -70,9 +74,27 @@ def add_engine(
     reason = _stale(bundle, old, graph, backend, version, profiles)
     if old is not None and reason is None:
         return Outcome(old, False, "nothing it depends on has changed")
-    record = _build(bundle, graph, backend, profiles, place, progress)
+    try:
+        record = _build(bundle, graph, backend, profiles, place, progress)
+    except EngineError as error:
+        if graph.origin is None:
+            raise
+        raise EngineError(
+            f"{error.message} This graph was given with --from-onnx; it is {graph.origin.producer}'s.", cure=_OWN_GRAPH
+        ) from error
     _put(bundle, record)
     return Outcome(record, True, reason or "the bundle had none")
+
+
+def _refuse_foreign(bundle: Bundle, backend: str, precision: str) -> None:
+    """Refuse a foreign graph in a precision no builder takes. Raises InputError that says where it came from."""
+    given = next((g for g in bundle.manifest.graphs if g.origin is not None and g.precision == precision), None)
+    if given is not None and given.origin is not None and precision not in PRECISIONS:
+        raise InputError(
+            f"{backend} engines are built in {', '.join(PRECISIONS)}; this bundle's only graph is {precision} and is "
+            f"{given.origin.producer}'s, given with --from-onnx.",
+            cure=_OWN_GRAPH,
+        )
 
 
 def _build(

@@ -31,9 +31,14 @@ def _export_extra() -> Iterator[None]:
 
 @app.command("export")
 def export_command(
-    model: Annotated[str, typer.Argument(help="Folder of a checkpoint, or a hub id (OWNER/NAME).")],
     out: BundleOption,
-    precision: Annotated[str, typer.Option(help="Comma-separated: fp32, fp16, bf16, int8.")] = "fp32",
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Folder of a checkpoint, or a hub id (OWNER/NAME); may be left out when FROM_ONNX is one."),
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="Comma-separated: fp32, fp16, bf16, int8; default: fp32, or what FROM_ONNX is.")
+    ] = None,
     calibration: Annotated[
         Path | None, typer.Option(help="Your own calibration texts (JSON lines or plain text) in place of the shipped.")
     ] = None,
@@ -41,22 +46,39 @@ def export_command(
         float, typer.Option(help="Part of the matrix work that must stay INT8; the rest may be left out.")
     ] = 0.9,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    from_onnx: Annotated[
+        Path | None,
+        typer.Option(help="Take this feature-extraction graph (a folder of Optimum's, or an .onnx file) and not ours."),
+    ] = None,
 ) -> None:
     """Turn a checkpoint into a bundle: ONNX graphs with pooling inside. Prove it with `f2rt parity`."""
     with console.readable_errors(), _export_extra():
         from calibration.texts import check_disjoint, read_texts, verification_texts
+        from export import foreign
         from export.checkpoint import Checkpoint
         from export.hub import locate
         from export.pipeline import export_bundle
         from export.precision import parse_precisions
+        from runtime.errors import InputError
 
+        if model is None and from_onnx is None:
+            raise InputError("no checkpoint was given.", cure="Call f2rt export MODEL --out BUNDLE.")
+        if from_onnx is not None and calibration is not None:
+            raise InputError("--calibration shapes graphs that f2rt writes itself.", cure=foreign.OWN_GRAPH)
         texts = read_texts(calibration) if calibration else None
         if texts is not None:
             check_disjoint(texts, verification_texts(), str(calibration))
-        precisions = parse_precisions(precision)
-        checkpoint = Checkpoint.open(locate(model, revision))
+        precisions = parse_precisions(precision or "fp32")
+        given = None
+        if from_onnx is not None and (model is None or Path(model).absolute() == foreign.root_of(from_onnx).absolute()):
+            foreign.find_graph(from_onnx)
+            model = foreign.checkpoint_of(from_onnx)
+        checkpoint = Checkpoint.open(locate(str(model), revision))
+        if from_onnx is not None:
+            given = foreign.open_foreign(from_onnx, checkpoint.config)
+            foreign.require_precision(given, precisions if precision else [])
         screen = console.out()
-        for notice in checkpoint.notices:
+        for notice in [*checkpoint.notices, *(given.notices if given else ())]:
             screen.print(f"notice: {notice}", markup=False)
         with console.bars() as bars:
             bundle = export_bundle(
@@ -66,6 +88,7 @@ def export_command(
                 lambda step, done: bars.update(step.label, done, step.total),
                 calibration=texts,
                 int8_budget=int8_budget,
+                foreign=given,
             )
         contract = bundle.manifest.contract
         screen.print(
@@ -74,6 +97,12 @@ def export_command(
         )
         for graph in bundle.manifest.graphs:
             screen.print(f"wrote {bundle.path(graph.model.file)} ({graph.data.size_bytes / 1e6:.1f} MB of weights)")
+            if graph.origin:
+                screen.print(
+                    f"it is the graph of {graph.origin.producer} ({graph.origin.id}), its {graph.origin.hidden_states} "
+                    f"pooled at the last token and normalized; prove it with: f2rt parity {out}",
+                    markup=False,
+                )
 
 
 @app.command("build")

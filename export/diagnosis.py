@@ -5,7 +5,9 @@ Runs only after a failure. Each hypothesis is tested against the reference, so w
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -46,7 +48,11 @@ def diagnose(
     try:
         checkpoint = Checkpoint.open(reference.location)
         model = ir.load(bundle.path(bundle.graph(record.precision).model.file))
-        if record.precision == Precision.FP32:
+        if bundle.graph(record.precision).origin:
+            if causes and record.precision == Precision.FP16:
+                causes.append("f2rt's own fp16 graph is made so that it cannot overflow: export without --from-onnx")
+            causes += compare_foreign_weights(model, checkpoint.weights)
+        elif record.precision == Precision.FP32:
             causes += compare_weights(model, checkpoint.weights) + compare_nodes(model, checkpoint)
     except F2rtError as error:
         causes.append(f"the graph could not be compared with the checkpoint: {error}")
@@ -101,6 +107,39 @@ def compare_weights(model: ir.Model, weights: Weights) -> list[str]:
             found.append(f"the weight {source} differs in the graph by up to {worst:.3g}{zero}")
     more = [f"… and {len(found) - _NAMED} more weights"] if len(found) > _NAMED else []
     return found[:_NAMED] + more
+
+
+def compare_foreign_weights(model: ir.Model, weights: Weights) -> list[str]:
+    """Look for each weight of the checkpoint in a graph with names and orientations of its own, by content alone."""
+    tensors = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
+    floats = [t for t in tensors if t.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16) and t.size > 1]
+    dtypes = {t.dtype.numpy() for t in floats}
+    # Compared as float32: a half-precision export widens some of its rounded weights again.
+    there = {_digest(t.numpy().astype(np.float32)) for t in floats}
+    names = [n for n in weights.names() if n != "lm_head.weight" and not n.endswith("inv_freq")]
+    lost = [n for n in names if not any(_either_way(to_float32(weights.read(n)), d) & there for d in dtypes)]
+    if not lost:
+        return [f"all {len(names)} weights of the checkpoint are in the graph: what differs is how it computes"]
+    if 2 * len(lost) > len(names):
+        return [
+            f"{len(lost)} of {len(names)} weights of the checkpoint are not in the graph: it was exported from another "
+            "checkpoint, or rewritten afterwards"
+        ]
+    found = [f"the weight {name} of the checkpoint is not in the graph" for name in lost[:_NAMED]]
+    return found + ([f"… and {len(lost) - _NAMED} more weights"] if len(lost) > _NAMED else [])
+
+
+def _either_way(values: NDArray[np.float32], dtype: np.dtype[Any]) -> set[bytes]:
+    """Return the digests of a tensor as it stands and transposed, rounded to `dtype` and widened again."""
+    with np.errstate(over="ignore"):
+        rounded = values.astype(dtype).astype(np.float32)
+    return {_digest(rounded), _digest(rounded.T)}
+
+
+def _digest(values: NDArray[Any]) -> bytes:
+    digest = hashlib.sha256(str(values.shape).encode())
+    digest.update(np.ascontiguousarray(values).view(np.uint8).data)
+    return digest.digest()
 
 
 def _non_finite(samples: Sequence[Sample], vectors: NDArray[np.float32]) -> list[str]:

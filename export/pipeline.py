@@ -16,10 +16,12 @@ import onnx_ir as ir
 import runtime
 from calibration.statistics import Statistics
 from calibration.texts import Text, calibration_texts, texts_sha256
+from export.adopt import weight_bytes, write_foreign
 from export.checkpoint import Checkpoint
 from export.conventions import TOKENIZER
 from export.encoder import OPSET, build_encoder
 from export.external_data import DataLayout, write
+from export.foreign import ForeignGraph
 from export.int8 import QuantizationPlan
 from export.precision import Precision
 from export.probe import probe
@@ -68,13 +70,15 @@ def export_bundle(
     *,
     calibration: Sequence[Text] | None = None,
     int8_budget: float = DEFAULT_BUDGET,
+    foreign: ForeignGraph | None = None,
 ) -> Bundle:
     """Write a bundle to `folder`, replacing the bundle there in one step.
 
     The narrow precisions are shaped by the activations of `calibration`, by default the shipped calibration texts;
     `int8_budget` is the part of the matrix work that INT8 must keep. Raises InputError for a budget that is none,
     CheckpointError for weights that cannot be used, OutputError when the folder cannot be written or holds something
-    that is not a bundle. Until the last moment the old bundle is untouched.
+    that is not a bundle. With `foreign`, that graph is the bundle's only one. Until the last moment the old bundle is
+    untouched.
     """
     _check_target(folder)
     check_budget(int8_budget)
@@ -87,7 +91,10 @@ def export_bundle(
         shutil.copyfile(checkpoint.folder / TOKENIZER, staging / TOKENIZER)
         tokenizer = record_file(staging, TOKENIZER)
         content = content_fingerprint(checkpoint.contract, tokenizer, source)
-        graphs = write_graphs(checkpoint, staging, precisions, progress, calibration, int8_budget)
+        if foreign is None:
+            graphs = write_graphs(checkpoint, staging, precisions, progress, calibration, int8_budget)
+        else:
+            graphs = [adopt_graph(checkpoint, foreign, staging, progress)]
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
             fingerprint=content,
@@ -99,7 +106,7 @@ def export_bundle(
             engines=[onnxruntime_engine(content, g) for g in graphs if g.precision in _ONNXRUNTIME_PRECISIONS],
             golden=None,
             versions=versions(_VERSIONED),
-            notices=checkpoint.notices,
+            notices=[*checkpoint.notices, *(foreign.notices if foreign else ())],
         )
         write_manifest(staging, manifest)
     return open_bundle(folder)
@@ -231,6 +238,19 @@ def write_graph(
     )
 
 
+def adopt_graph(checkpoint: Checkpoint, foreign: ForeignGraph, root: Path, progress: Progress) -> GraphRecord:
+    """Write a foreign graph as the bundle's under `root`. Raises InputError, OSError."""
+    step = Step(f"write the given {foreign.precision} graph", weight_bytes(foreign))
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(step, done)
+
+    return write_foreign(foreign, checkpoint.config, checkpoint.contract.pad_id, root, advance)
+
+
 def onnxruntime_engine(content: str, graph: GraphRecord) -> EngineRecord:
     """Return the record of the engine that needs no build: ONNX Runtime on the graph itself, for INT8 on its twin."""
     model = graph.twin or graph.model
@@ -242,7 +262,7 @@ def onnxruntime_engine(content: str, graph: GraphRecord) -> EngineRecord:
         sha256=model.sha256,
         fingerprint=engine_fingerprint(content, graph, "onnxruntime", model.sha256),
         builder={"f2rt": runtime.__version__},
-        flags=[f"opset {graph.opset}"],
+        flags=[f"opset {graph.opset}", *([f"graph by {graph.origin.producer}"] if graph.origin else [])],
         calibration_sha256=graph.calibration_sha256,
     )
 

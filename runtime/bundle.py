@@ -119,11 +119,28 @@ class Quantization:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where a graph came from that is not f2rt's own: who wrote the files found at `id`, as the user gave it.
+
+    `files` are the given ones, before pooling and normalization were added. `hidden_states` is the output that was
+    pooled, `dropped_outputs` were left out, `generated_inputs` are made inside.
+    """
+
+    id: str
+    producer: str
+    files: list[FileRecord]
+    hidden_states: str
+    dropped_outputs: list[str]
+    generated_inputs: list[str]
+
+
+@dataclass(frozen=True)
 class GraphRecord:
     """One ONNX graph and its external data. `calibration_sha256` names the texts whose activations shaped it.
 
     An INT8 graph has a `twin` on the same data: `model` rounds activations to int8, as TensorRT takes it, `twin` to
     uint8 with zero point 128, the same grid in the form that ONNX Runtime on x86 has fast kernels for.
+    `origin` is None for a graph that f2rt wrote from the checkpoint.
     """
 
     precision: str
@@ -134,6 +151,7 @@ class GraphRecord:
     calibration_sha256: str | None = None
     quantization: Quantization | None = None
     twin: FileRecord | None = None
+    origin: Origin | None = None
 
     @property
     def files(self) -> list[FileRecord]:
@@ -228,9 +246,10 @@ class Bundle:
             if record.precision == precision:
                 return record
         names = ", ".join(record.precision for record in self.manifest.graphs)
+        own = " and without --from-onnx" if any(record.origin for record in self.manifest.graphs) else ""
         raise NotFoundError(
             f"the bundle {self.folder} has no {precision} graph; it has: {names}.",
-            cure=f"Export it again with --precision {precision}.",
+            cure=f"Export it again with --precision {precision}{own}.",
         )
 
 

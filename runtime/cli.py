@@ -147,6 +147,11 @@ def inspect_command(
             ("dimensions", f"{contract.dim}; trained: {', '.join(map(str, contract.trained_dims))}"),
             ("tokens", f"up to {contract.max_tokens}; EOS {contract.eos_id}, pad {contract.pad_id}"),
             *((f"prompt {name}", json.dumps(text, ensure_ascii=False)) for name, text in contract.prompts.items()),
+            *(
+                (f"{g.precision} graph", f"by {g.origin.producer}, given as {g.origin.id}, not f2rt's own")
+                for g in manifest.graphs
+                if g.origin
+            ),
             *(("notice", notice) for notice in manifest.notices),
         ]
         for name, value in rows:

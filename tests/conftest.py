@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from bench.stock_export import export_stock
 from calibration.texts import calibration_texts, verification_texts
 from export.checkpoint import Checkpoint
 from export.hub import locate
@@ -70,3 +73,9 @@ def narrow_bundle(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture
 def narrow_copy(narrow_bundle: Bundle, tmp_path: Path) -> Bundle:
     return open_bundle(Path(shutil.copytree(narrow_bundle.folder, tmp_path / "bundle")))
+
+
+@pytest.fixture(scope="session")
+def stock(mini: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Real `torch.onnx.export`s of stock transformers, by kind (bench.stock_export), each made once. Read only."""
+    return functools.cache(lambda kind: export_stock(mini, tmp_path_factory.mktemp("stock") / kind, kind))
