@@ -11,6 +11,7 @@ from pathlib import Path
 
 import runtime
 from export.builder import MODULES, Progress, build_engine, library_version
+from export.cache import cached_sha256
 from export.precision import Precision
 from export.profiles import Profile
 from runtime.bundle import (
@@ -22,7 +23,7 @@ from runtime.bundle import (
     write_manifest,
 )
 from runtime.errors import InputError
-from runtime.files import sha256_file, write_atomic
+from runtime.files import write_atomic
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def add_engine(
         profiles=wanted,
         target=built.target,
         calibration_sha256=graph.calibration_sha256,
-        graph_sha256=_graph_key(graph),
+        graph_sha256=graph.key,
     )
     others = [e for e in bundle.manifest.engines if (e.name, e.target) != (record.name, record.target)]
     write_manifest(folder, replace(bundle.manifest, engines=[*others, record]))
@@ -86,23 +87,19 @@ def _find(bundle: Bundle, name: str, target: str | None) -> EngineRecord | None:
     return next((e for e in bundle.manifest.engines if (e.name, e.target) == (name, wanted)), None)
 
 
-def _graph_key(graph: GraphRecord) -> str:
-    return hashlib.sha256(f"{graph.model.sha256} {graph.data.sha256}".encode()).hexdigest()
-
-
 def _stale(
     bundle: Bundle, old: EngineRecord | None, graph: GraphRecord, backend: str, version: str, profiles: list[str]
 ) -> str | None:
     """Return why an engine must be built again, or None."""
     if old is None:
         return "the bundle had none"
-    if old.graph_sha256 != _graph_key(graph):
+    if old.graph_sha256 != graph.key:
         return "the graph changed"
     if old.builder.get(backend) != version:
         return f"{backend} is {version} now, it was {old.builder.get(backend)}"
     if old.profiles != profiles:
         return "the profiles changed"
     path = bundle.path(old.file)
-    if not path.is_file() or sha256_file(path) != old.sha256:
+    if not path.is_file() or cached_sha256(path) != old.sha256:
         return "its file is missing or was changed"
     return None

@@ -17,7 +17,9 @@ from runtime import console
 from runtime.cli import app
 from runtime.errors import missing_extra
 
-BundleOption = Annotated[Path, typer.Option("--out", help="The bundle's folder; an old bundle there is replaced.")]
+BundleOption = Annotated[
+    Path, typer.Option("--out", help="The bundle's folder; what is in a bundle there and still holds is kept.")
+]
 
 
 @contextlib.contextmanager
@@ -38,8 +40,12 @@ def export_command(
         Path | None, typer.Option(help="Your own calibration texts (JSON lines or plain text) in place of the shipped.")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write everything again, whatever has changed.")] = False,
 ) -> None:
-    """Turn a checkpoint into a bundle: ONNX graphs with pooling inside. Prove it with `f2rt parity`."""
+    """Turn a checkpoint into a bundle: ONNX graphs with pooling inside. Prove it with `f2rt parity`.
+
+    What has not changed since the last export is kept, with its engines and verdicts.
+    """
     with console.readable_errors(), _export_extra():
         from calibration.texts import check_disjoint, read_texts, verification_texts
         from export.checkpoint import Checkpoint
@@ -55,6 +61,7 @@ def export_command(
         screen = console.out()
         for notice in checkpoint.notices:
             screen.print(f"notice: {notice}", markup=False)
+        lines: list[str] = []
         with console.bars() as bars:
             bundle = export_bundle(
                 checkpoint,
@@ -62,14 +69,16 @@ def export_command(
                 precisions,
                 lambda step, done: bars.update(step.label, done, step.total),
                 calibration=texts,
+                force=force,
+                tell=lines.append,
             )
         contract = bundle.manifest.contract
         screen.print(
             f"{model}: {contract.architecture}, {contract.dim} dimensions, up to {contract.max_tokens} tokens, "
             f"EOS {contract.eos_id}"
         )
-        for graph in bundle.manifest.graphs:
-            screen.print(f"wrote {bundle.path(graph.model.file)} ({graph.data.size_bytes / 1e6:.1f} MB of weights)")
+        for line in lines:
+            screen.print(line, markup=False, soft_wrap=True)
 
 
 @app.command("build")

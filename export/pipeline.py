@@ -7,7 +7,7 @@ import functools
 import importlib.metadata
 import platform
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +15,17 @@ import onnx_ir as ir
 
 import runtime
 from calibration.texts import Text, calibration_texts, texts_sha256
+from export.cache import cached_sha256
+from export.changes import (
+    Decision,
+    carry,
+    decide,
+    find_old,
+    graph_inputs,
+    is_same,
+    manifest_after,
+    outliving_files,
+)
 from export.checkpoint import Checkpoint
 from export.conventions import TOKENIZER
 from export.encoder import OPSET, build_encoder
@@ -30,6 +41,7 @@ from runtime.bundle import (
     EngineRecord,
     GraphRecord,
     Manifest,
+    Source,
     content_fingerprint,
     engine_fingerprint,
     open_bundle,
@@ -63,39 +75,89 @@ def export_bundle(
     progress: Progress = lambda step, done: None,
     *,
     calibration: Sequence[Text] | None = None,
+    force: bool = False,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> Bundle:
-    """Write a bundle to `folder`, replacing the bundle there in one step.
+    """Make the bundle at `folder` one of this checkpoint with these precisions, and no others, in one step.
 
-    The narrow precisions are shaped by the activations of `calibration`, by default the shipped calibration texts.
+    Graphs whose inputs have not changed are kept, and with them engines, golden vectors and verdicts; `force` keeps
+    nothing. When nothing changed at all, the folder is not touched. `tell` is told what became of each graph. The
+    narrow precisions are shaped by the activations of `calibration`, by default the shipped calibration texts.
+
     Raises CheckpointError for weights that cannot be used, OutputError when the folder cannot be written or holds
     something that is not a bundle. Until the last moment the old bundle is untouched.
     """
     _check_target(folder)
-    source_bytes = sum(f.stat().st_size for f in checkpoint.weights.files)
-    hashing = Step("hash the source", source_bytes)
-    progress(hashing, 0)
-    source = checkpoint.source()
-    progress(hashing, source_bytes)
+    precisions = sorted(set(precisions), key=list(Precision).index)
+    old, otherwise = find_old(folder, force=force)
+    texts = calibration_texts() if calibration is None and precisions != [Precision.FP32] else calibration or []
+    advance = _advance(progress, _bytes_to_hash(checkpoint, old))
+    source = checkpoint.source(lambda path: cached_sha256(path, advance))
+    decisions = [decide(old, p, graph_inputs(checkpoint, source, p, texts), otherwise, advance) for p in precisions]
+    kept = [d.kept for d in decisions if d.kept]
+    if old is not None and len(kept) == len(decisions):
+        manifest = _manifest(checkpoint, source, kept, old, lambda line: None)
+        if is_same(old, manifest):
+            _tell_all(folder, decisions, kept, tell)
+            return open_bundle(folder)
     with staged_folder(folder) as staging:
         shutil.copyfile(checkpoint.folder / TOKENIZER, staging / TOKENIZER)
-        tokenizer = record_file(staging, TOKENIZER)
-        content = content_fingerprint(checkpoint.contract, tokenizer, source)
-        graphs = write_graphs(checkpoint, staging, precisions, progress, calibration)
-        manifest = Manifest(
-            schema_version=SCHEMA_VERSION,
-            fingerprint=content,
-            created_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            source=source,
-            contract=checkpoint.contract,
-            tokenizer=tokenizer,
-            graphs=graphs,
-            engines=[onnxruntime_engine(content, g) for g in graphs if g.precision in _ONNXRUNTIME_PRECISIONS],
-            golden=None,
-            versions=versions(_VERSIONED),
-            notices=checkpoint.notices,
-        )
+        if old is not None:
+            carry(old, [f.file for g in kept for f in g.files], staging)
+        graphs = write_graphs(checkpoint, staging, precisions, progress, texts, {g.precision: g for g in kept})
+        graphs = [replace(g, inputs=d.inputs) for g, d in zip(graphs, decisions, strict=True)]
+        manifest = _manifest(checkpoint, source, graphs, old, tell)
+        if old is not None:
+            carry(old, outliving_files(manifest, old), staging)
         write_manifest(staging, manifest)
+    _tell_all(folder, decisions, graphs, tell)
     return open_bundle(folder)
+
+
+def _manifest(
+    checkpoint: Checkpoint, source: Source, graphs: list[GraphRecord], old: Bundle | None, tell: Callable[[str], None]
+) -> Manifest:
+    """Return the manifest of these graphs, with the engines and golden vectors of `old` that still hold."""
+    tokenizer = next(f for f in source.files if f.file == TOKENIZER)
+    content = content_fingerprint(checkpoint.contract, tokenizer, source)
+    manifest = Manifest(
+        schema_version=SCHEMA_VERSION,
+        fingerprint=content,
+        created_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        source=source,
+        contract=checkpoint.contract,
+        tokenizer=tokenizer,
+        graphs=graphs,
+        engines=[],
+        golden=None,
+        versions=versions(_VERSIONED),
+        notices=checkpoint.notices,
+    )
+    engines = [onnxruntime_engine(content, g) for g in graphs if g.precision in _ONNXRUNTIME_PRECISIONS]
+    return manifest_after(old, replace(manifest, engines=engines), tell)
+
+
+def _tell_all(folder: Path, decisions: list[Decision], graphs: list[GraphRecord], tell: Callable[[str], None]) -> None:
+    for decision, graph in zip(decisions, graphs, strict=True):
+        size = "" if decision.kept else f" ({graph.data.size_bytes / 1e6:.1f} MB of weights)"
+        tell(f"{'kept' if decision.kept else 'wrote'} {folder / graph.model.file}{size}: {decision.reason}")
+
+
+def _bytes_to_hash(checkpoint: Checkpoint, old: Bundle | None) -> int:
+    source = sum(f.stat().st_size for f in checkpoint.weights.files)
+    return source + sum(f.size_bytes for g in (old.manifest.graphs if old else []) for f in g.files)
+
+
+def _advance(progress: Progress, total: int) -> Callable[[int], None]:
+    """Return a counter of bytes hashed; the source's small files push it past the total by less than shows."""
+    step, done = Step("hash source and bundle", total), 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(step, min(done, total))
+
+    return advance
 
 
 def write_graphs(
@@ -103,23 +165,26 @@ def write_graphs(
     root: Path,
     precisions: list[Precision],
     progress: Progress,
-    calibration: Sequence[Text] | None,
+    texts: Sequence[Text],
+    kept: Mapping[str, GraphRecord],
 ) -> list[GraphRecord]:
-    """Write the graphs of all precisions under `root`; probes the fp32 graph when one of them is narrow."""
-    fp32 = write_graph(checkpoint, root, Precision.FP32, progress)
-    if precisions == [Precision.FP32]:
-        return [fp32]
-    texts = calibration_texts() if calibration is None else calibration
+    """Return the graphs of all precisions: those of `kept`, whose files are under `root`, and the others written there.
+
+    Probes the fp32 graph when one of those to be written is narrow.
+    """
+    if not set(precisions) - {Precision.FP32} - set(kept):
+        return [kept.get(p) or write_graph(checkpoint, root, p, progress) for p in precisions]
+    fp32 = kept.get(Precision.FP32) or write_graph(checkpoint, root, Precision.FP32, progress)
     plan = rescale_plan(checkpoint, root, fp32, texts, progress)
     graphs = []
     for precision in precisions:
-        if precision is Precision.FP32:
-            graphs.append(fp32)
+        if precision is Precision.FP32 or precision in kept:
+            graphs.append(kept.get(precision, fp32))
             continue
         graph = write_graph(checkpoint, root, precision, progress, plan)
         graphs.append(replace(graph, rescaling=plan.lines, calibration_sha256=texts_sha256(texts)))
     if Precision.FP32 not in precisions:
-        for record in (fp32.model, fp32.data):
+        for record in fp32.files:
             (root / record.file).unlink()
     return graphs
 

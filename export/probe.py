@@ -8,7 +8,6 @@ What a layer found is kept in a cache under the hash of weights and texts; an in
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from calibration.statistics import Statistics, merge, pack, unpack
+from export.cache import cache_folder
 from export.config import EncoderConfig
 from runtime.errors import EngineError, InputError, OutputError
 from runtime.files import explain_write_errors, write_atomic
@@ -43,12 +43,6 @@ _LAYER_TENSORS = (
     "mlp.down_proj",
     "mlp.residual",
 )
-
-
-def cache_folder() -> Path:
-    """Return where probes are kept: $F2RT_CACHE, or f2rt in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("F2RT_CACHE") or Path(base) / "f2rt")
 
 
 def probe(

@@ -81,7 +81,11 @@ class Rescaling:
 
 @dataclass(frozen=True)
 class GraphRecord:
-    """One ONNX graph and its external data. `calibration_sha256` names the texts whose activations shaped it."""
+    """One ONNX graph and its external data. `calibration_sha256` names the texts whose activations shaped it.
+
+    `inputs` names everything that decided the graph's bytes, each with its hash or value: an export keeps a graph whose
+    inputs are still the same.
+    """
 
     precision: str
     model: FileRecord
@@ -89,6 +93,17 @@ class GraphRecord:
     opset: int
     rescaling: list[Rescaling] = field(default_factory=list)
     calibration_sha256: str | None = None
+    inputs: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def files(self) -> list[FileRecord]:
+        """All files of the graph."""
+        return [self.model, self.data]
+
+    @property
+    def key(self) -> str:
+        """64 hex digits over the bytes of all its files: what an engine made from it depends on."""
+        return hashlib.sha256(" ".join(f.sha256 for f in self.files).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -223,6 +238,14 @@ def open_bundle(folder: Path) -> Bundle:
 
     Raises BundleError naming the file, what was found and what was expected.
     """
+    bundle = Bundle(folder, read_manifest(folder))
+    for record in bundle_files(bundle.manifest):
+        _check_size(bundle, record)
+    return bundle
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read a bundle's manifest and look at no other file. Raises BundleError."""
     path = folder / MANIFEST
     try:
         data = path.read_bytes()
@@ -235,11 +258,7 @@ def open_bundle(folder: Path) -> Bundle:
         raise BundleError(
             f"cannot read {path}: {error.strerror}.", cure="Check the path and its permissions."
         ) from error
-    manifest = _parse(path, data)
-    bundle = Bundle(folder, manifest)
-    for record in bundle_files(manifest):
-        _check_size(bundle, record)
-    return bundle
+    return _parse(path, data)
 
 
 def _parse(path: Path, data: bytes) -> Manifest:
@@ -264,7 +283,7 @@ class _Version(msgspec.Struct):
 def bundle_files(manifest: Manifest) -> list[FileRecord]:
     """Return the records of all files that engines need."""
     golden = [manifest.golden] if manifest.golden else []
-    return [manifest.tokenizer, *(f for g in manifest.graphs for f in (g.model, g.data)), *golden]
+    return [manifest.tokenizer, *(f for g in manifest.graphs for f in g.files), *golden]
 
 
 def engine_files(bundle: Bundle) -> list[FileRecord]:
