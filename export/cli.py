@@ -113,19 +113,33 @@ def parity_command(
     texts: Annotated[Path | None, typer.Option(help="Your own texts, compared besides the shipped ones.")] = None,
     model: Annotated[str | None, typer.Option(help="Where the checkpoint lies, if it was moved.")] = None,
     report_dir: Annotated[Path | None, typer.Option(help="Also write report.json here.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Compare again what has a verdict that still stands.")] = False,
 ) -> None:
-    """Compare every engine of a bundle with PyTorch. Exit status: 0 pass, 1 below a limit, 2 could not check."""
+    """Compare every engine of a bundle with PyTorch. Exit status: 0 pass, 1 below a limit, 2 could not check.
+
+    The verdict of an engine stands while engine, texts, limits and versions are the same.
+    """
     with console.readable_errors(), _export_extra():
         from calibration.texts import read_texts, verification_texts
         from export.prove import prove_bundle
         from export.report import print_report
 
         samples = verification_texts() + (read_texts(texts) if texts else [])
+        lines: list[str] = []
         with console.bars() as bars:
             report = prove_bundle(
-                bundle, samples, engine_names=engine, model=model, report_dir=report_dir, progress=bars.update
+                bundle,
+                samples,
+                engine_names=engine or None,
+                model=model,
+                report_dir=report_dir,
+                force=force,
+                progress=bars.update,
+                tell=lines.append,
             )
         screen = console.out()
+        for line in lines:
+            screen.print(line, markup=False, soft_wrap=True)
         print_report(report, screen)
         screen.print(f"report: {bundle / 'parity' / 'report.json'}")
     raise typer.Exit({"pass": 0, "fail": 1, "not_executed": 2}[report.verdict])

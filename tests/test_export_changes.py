@@ -39,12 +39,6 @@ SAME = "nothing it depends on has changed"
 VERDICT = ParityRecord("pass", "", "texts", 1, 1.0, 1.0, 0.0, "report", "2026-01-01T00:00:00+00:00")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def caches(tmp_path_factory: pytest.TempPathFactory) -> None:
-    patch = pytest.MonkeyPatch()
-    patch.setenv("F2RT_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-
 class Project:
     """A checkpoint, calibration texts and the bundle made from them; the export is the command itself."""
 
