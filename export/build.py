@@ -6,7 +6,6 @@ was, the old engine included. Plans that no manifest names are removed by the ne
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from export.builder import (
     resolve_target,
 )
 from export.builder_callbacks import Progress
+from export.cache import cached_sha256
 from export.profiles import Profile
 from runtime.bundle import (
     Bundle,
@@ -31,7 +31,6 @@ from runtime.bundle import (
     write_manifest,
 )
 from runtime.errors import EngineError, InputError
-from runtime.files import sha256_file
 
 ONNXRUNTIME_CUDA = "onnxruntime-cuda"
 
@@ -111,7 +110,7 @@ def _build(
         precision,
         profiles,
         target,
-        cache_key=[_graph_key(graph), graph.calibration_sha256 or ""],
+        cache_key=[graph.key, graph.calibration_sha256 or ""],
         progress=progress,
     )
     file = f"engines/{backend}/{precision}-{target.name}-{built.sha256[:12]}.engine"
@@ -128,7 +127,7 @@ def _build(
         profiles=[str(p) for p in profiles],
         target=target.name,
         calibration_sha256=graph.calibration_sha256,
-        graph_sha256=_graph_key(graph),
+        graph_sha256=graph.key,
     )
 
 
@@ -150,7 +149,7 @@ def _add_onnxruntime_cuda(bundle: Bundle, precision: str, target: str | None) ->
         builder={"f2rt": runtime.__version__},
         flags=[f"opset {graph.opset}"],
         calibration_sha256=graph.calibration_sha256,
-        graph_sha256=_graph_key(graph),
+        graph_sha256=graph.key,
     )
     old = _find(bundle, record.name, None)
     if old is not None and old.fingerprint == record.fingerprint:
@@ -190,10 +189,6 @@ def _find(bundle: Bundle, name: str, target: str | None) -> EngineRecord | None:
     return next((e for e in bundle.manifest.engines if (e.name, e.target) == (name, target)), None)
 
 
-def _graph_key(graph: GraphRecord) -> str:
-    return hashlib.sha256(f"{graph.model.sha256} {graph.data.sha256}".encode()).hexdigest()
-
-
 def _stale(
     bundle: Bundle,
     old: EngineRecord | None,
@@ -205,13 +200,13 @@ def _stale(
     """Return why an engine must be built again, or None."""
     if old is None:
         return "the bundle had none"
-    if old.graph_sha256 != _graph_key(graph):
+    if old.graph_sha256 != graph.key:
         return "the graph changed"
     if old.builder.get(backend) != version:
         return f"{backend} is {version} now, it was {old.builder.get(backend)}"
     if old.profiles != [str(p) for p in profiles]:
         return "the profiles changed"
     path = bundle.path(old.file)
-    if not path.is_file() or sha256_file(path) != old.sha256:
+    if not path.is_file() or cached_sha256(path) != old.sha256:
         return "its file is missing or was changed"
     return None

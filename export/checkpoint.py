@@ -6,6 +6,7 @@ tokenizer appends one EOS and whose weights are all there with the right shapes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from export.hub import Location
 from export.weights import INDEX, Weights
 from runtime.bundle import Contract, FileRecord, Source, record_file
 from runtime.errors import CheckpointError
+from runtime.files import sha256_file
 
 SMALLEST_TRAINED_DIM = 8
 
@@ -79,14 +81,20 @@ class Checkpoint:
             )
         return cls(location, config, contract, weights, license_name, notices)
 
-    def source(self) -> Source:
+    def source(self, sha256: Callable[[Path], str] = sha256_file) -> Source:
         """Hash every file that was used and describe where they came from. Reads all weights once."""
         names = [CONFIG, MODULES, TOKENIZER, TOKENIZER_CONFIG, ST_CONFIG, ST_LIMITS, INDEX, "README.md"]
         files = [n for n in names if (self.folder / n).is_file()]
         files += [str(p.relative_to(self.folder)) for p in pooling_files(self.folder)]
         files += [p.name for p in self.weights.files]
-        records: list[FileRecord] = [record_file(self.folder, name) for name in files]
+        records = [record_file(self.folder, name, sha256=sha256(self.folder / name)) for name in files]
         return Source(self.location.id, self.location.revision, self.license, records)
+
+
+def reference_files(source: Source) -> list[FileRecord]:
+    """Return the records of the files that PyTorch and transformers read; a model card is not one of them."""
+    names = (CONFIG, TOKENIZER, TOKENIZER_CONFIG, INDEX)
+    return [f for f in source.files if f.file in names or f.file.endswith(".safetensors")]
 
 
 def trained_dims(dim: int) -> list[int]:

@@ -17,7 +17,9 @@ from runtime import console
 from runtime.cli import app
 from runtime.errors import missing_extra
 
-BundleOption = Annotated[Path, typer.Option("--out", help="The bundle's folder; an old bundle there is replaced.")]
+BundleOption = Annotated[
+    Path, typer.Option("--out", help="The bundle's folder; what is in a bundle there and still holds is kept.")
+]
 
 
 @contextlib.contextmanager
@@ -50,8 +52,12 @@ def export_command(
         Path | None,
         typer.Option(help="Take this feature-extraction graph (a folder of Optimum's, or an .onnx file) and not ours."),
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write everything again, whatever has changed.")] = False,
 ) -> None:
-    """Turn a checkpoint into a bundle: ONNX graphs with pooling inside. Prove it with `f2rt parity`."""
+    """Turn a checkpoint into a bundle: ONNX graphs with pooling inside. Prove it with `f2rt parity`.
+
+    What has not changed since the last export is kept, with its engines and verdicts.
+    """
     with console.readable_errors(), _export_extra():
         from calibration.texts import check_disjoint, read_texts, verification_texts
         from export import foreign
@@ -80,6 +86,7 @@ def export_command(
         screen = console.out()
         for notice in [*checkpoint.notices, *(given.notices if given else ())]:
             screen.print(f"notice: {notice}", markup=False)
+        lines: list[str] = []
         with console.bars() as bars:
             bundle = export_bundle(
                 checkpoint,
@@ -89,14 +96,17 @@ def export_command(
                 calibration=texts,
                 int8_budget=int8_budget,
                 foreign=given,
+                force=force,
+                tell=lines.append,
             )
         contract = bundle.manifest.contract
         screen.print(
             f"{model}: {contract.architecture}, {contract.dim} dimensions, up to {contract.max_tokens} tokens, "
             f"EOS {contract.eos_id}"
         )
+        for line in lines:
+            screen.print(line, markup=False, soft_wrap=True)
         for graph in bundle.manifest.graphs:
-            screen.print(f"wrote {bundle.path(graph.model.file)} ({graph.data.size_bytes / 1e6:.1f} MB of weights)")
             if graph.origin:
                 screen.print(
                     f"it is the graph of {graph.origin.producer} ({graph.origin.id}), its {graph.origin.hidden_states} "
@@ -137,19 +147,33 @@ def parity_command(
     texts: Annotated[Path | None, typer.Option(help="Your own texts, compared besides the shipped ones.")] = None,
     model: Annotated[str | None, typer.Option(help="Where the checkpoint lies, if it was moved.")] = None,
     report_dir: Annotated[Path | None, typer.Option(help="Also write report.json here.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Compare again what has a verdict that still stands.")] = False,
 ) -> None:
-    """Compare every engine of a bundle with PyTorch. Exit status: 0 pass, 1 below a limit, 2 could not check."""
+    """Compare every engine of a bundle with PyTorch. Exit status: 0 pass, 1 below a limit, 2 could not check.
+
+    The verdict of an engine stands while engine, texts, limits and versions are the same.
+    """
     with console.readable_errors(), _export_extra():
         from calibration.texts import read_texts, verification_texts
         from export.prove import prove_bundle
         from export.report import print_report
 
         samples = verification_texts() + (read_texts(texts) if texts else [])
+        lines: list[str] = []
         with console.bars() as bars:
             report = prove_bundle(
-                bundle, samples, engine_names=engine, model=model, report_dir=report_dir, progress=bars.update
+                bundle,
+                samples,
+                engine_names=engine or None,
+                model=model,
+                report_dir=report_dir,
+                force=force,
+                progress=bars.update,
+                tell=lines.append,
             )
         screen = console.out()
+        for line in lines:
+            screen.print(line, markup=False, soft_wrap=True)
         print_report(report, screen)
         screen.print(f"report: {bundle / 'parity' / 'report.json'}")
     raise typer.Exit({"pass": 0, "fail": 1, "not_executed": 2}[report.verdict])

@@ -18,7 +18,7 @@ from export.checkpoint import Checkpoint
 from export.encoder import build_encoder
 from export.external_data import DataLayout
 from export.precision import Precision
-from export.reference import Reference, unit
+from export.reference import ReferenceVectors, unit
 from export.samples import Sample
 from export.weights import Weights, to_float32
 from runtime.bundle import Bundle, EngineRecord
@@ -36,7 +36,7 @@ _TRANSPOSED = ".transposed"
 def diagnose(
     bundle: Bundle,
     record: EngineRecord,
-    reference: Reference,
+    reference: ReferenceVectors,
     samples: Sequence[Sample],
     vectors: NDArray[np.float32] | None,
 ) -> list[str]:
@@ -150,7 +150,7 @@ def _non_finite(samples: Sequence[Sample], vectors: NDArray[np.float32]) -> list
     return [f"{len(bad)} vectors are not finite, the first for {first.text.id} ({len(first.ids)} tokens): overflow"]
 
 
-def _pooling(reference: Reference, samples: Sequence[Sample], vectors: NDArray[np.float32]) -> list[str]:
+def _pooling(reference: ReferenceVectors, samples: Sequence[Sample], vectors: NDArray[np.float32]) -> list[str]:
     """Test whether the vectors are those of another token, of the mean, or of a text without its EOS."""
     rows = [i for i, s in enumerate(samples) if 4 <= len(s.ids) <= 128 and np.isfinite(vectors[i]).all()]
     rows = rows[:_PROBED_TEXTS]

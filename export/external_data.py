@@ -23,6 +23,8 @@ from numpy.typing import NDArray
 from export.weights import Weights, to_float32
 from runtime.errors import CheckpointError
 
+# Raise it when the same layout and weights give other bytes than before: graphs are then written again.
+DATA_FORMAT = 1
 ALIGNMENT_BYTES = 4096  # a memory page, so that a runtime can map each tensor
 _CHUNK_VALUES = 1 << 20
 _AHEAD = 4  # chunks of a few megabytes

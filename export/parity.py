@@ -18,7 +18,7 @@ import numpy as np
 from calibration.texts import Text
 from export.diagnosis import diagnose
 from export.pipeline import versions
-from export.reference import Reference, unit
+from export.reference import ReferenceVectors, unit
 from export.report import (
     REPORT_SCHEMA_VERSION,
     Check,
@@ -31,7 +31,7 @@ from runtime.batch import make_batch
 from runtime.bundle import Bundle, Contract, EngineRecord, Verdict
 from runtime.embedder import finish
 from runtime.engines import Engine
-from runtime.errors import EngineError, InputError, MissingExtraError, NotExecutableError
+from runtime.errors import EngineError, F2rtError, InputError, MissingExtraError, NotExecutableError
 from runtime.golden import Golden, row_cosines
 from runtime.loader import open_raw_engine
 from runtime.settings import EngineSettings
@@ -47,7 +47,7 @@ WORST_TEXTS = 5
 
 def check_bundle(
     bundle: Bundle,
-    reference: Reference,
+    reference: ReferenceVectors,
     texts: Sequence[Text],
     *,
     engine_names: Sequence[str] | None = None,
@@ -63,7 +63,7 @@ def check_bundle(
         raise InputError("there are no texts to compare on.", cure="Give a file with at least one text.")
     start = time.perf_counter()
     contract = bundle.manifest.contract
-    records = [bundle.engine(n) for n in engine_names] if engine_names else bundle.manifest.engines
+    records = [bundle.engine(n) for n in engine_names] if engine_names is not None else bundle.manifest.engines
     samples, missing_prompts = make_samples(reference, contract, texts, progress)
     mismatches = compare_tokenizers(bundle, samples)
     engines = [_check_engine(bundle, record, reference, samples, progress, settings) for record in records]
@@ -94,10 +94,16 @@ def _fail_for_tokenizer(report: EngineReport) -> EngineReport:
     return dataclasses.replace(report, verdict="fail", diagnosis=[cause, *report.diagnosis])
 
 
+def not_executed(record: EngineRecord, error: F2rtError) -> EngineReport:
+    """Return the report of an engine that cannot run here."""
+    reason = f"not executed: {error}"
+    return EngineReport(record.full_name, record.precision, record.fingerprint, "not_executed", None, reason=reason)
+
+
 def _check_engine(
     bundle: Bundle,
     record: EngineRecord,
-    reference: Reference,
+    reference: ReferenceVectors,
     samples: Sequence[Sample],
     progress: Progress,
     settings: EngineSettings,
@@ -105,14 +111,7 @@ def _check_engine(
     try:
         engine = open_raw_engine(bundle, record, settings)
     except (NotExecutableError, MissingExtraError) as error:
-        return EngineReport(
-            record.full_name,
-            record.precision,
-            record.fingerprint,
-            "not_executed",
-            None,
-            reason=f"not executed: {error}",
-        )
+        return not_executed(record, error)
     except EngineError as error:  # it should run here, and does not: that is a failure
         limits = tolerance(record.precision)
         report = EngineReport(record.full_name, record.precision, record.fingerprint, "fail", limits)
@@ -169,7 +168,7 @@ class _Runs:
         engine: Engine,
         samples: Sequence[Sample],
         contract: Contract,
-        reference: Reference,
+        reference: ReferenceVectors,
         progress: Progress,
     ) -> None:
         self._engine = engine

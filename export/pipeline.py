@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import datetime
-import functools
 import importlib.metadata
 import platform
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-import onnx_ir as ir
-
 import runtime
-from calibration.statistics import Statistics
-from calibration.texts import Text, calibration_texts, texts_sha256
-from export.adopt import weight_bytes, write_foreign
+from calibration.texts import Text, calibration_texts
+from export.cache import cached_sha256
+from export.changes import (
+    Decision,
+    carry,
+    decide,
+    find_old,
+    graph_inputs,
+    is_same,
+    manifest_after,
+    outliving_files,
+)
 from export.checkpoint import Checkpoint
 from export.conventions import TOKENIZER
-from export.encoder import OPSET, build_encoder
-from export.external_data import DataLayout, write
 from export.foreign import ForeignGraph
-from export.int8 import QuantizationPlan
+from export.graphs import Progress, Step, adopt_graph, write_graphs
 from export.precision import Precision
-from export.probe import probe
-from export.quantize import DEFAULT_BUDGET, check_budget, plan_int8
-from export.rescale import RescalePlan, plan_rescaling
-from export.weights import absmax
+from export.quantize import DEFAULT_BUDGET, check_budget
 from runtime.bundle import (
     MANIFEST,
     SCHEMA_VERSION,
@@ -35,31 +36,18 @@ from runtime.bundle import (
     EngineRecord,
     GraphRecord,
     Manifest,
+    Source,
     content_fingerprint,
     engine_fingerprint,
     open_bundle,
-    record_file,
     write_manifest,
 )
 from runtime.errors import OutputError
 from runtime.files import staged_folder
-from runtime.tokenizer import Instruction, TextTokenizer
 
 # bf16 matrices have no kernel in ONNX Runtime on CPU: that graph is for builders.
 _ONNXRUNTIME_PRECISIONS = (Precision.FP32, Precision.FP16, Precision.INT8)
-TWIN = "graphs/int8-uint8.onnx"
 _VERSIONED = ["ml-dtypes", "numpy", "onnx-ir", "onnxruntime", "safetensors", "tokenizers"]
-
-
-@dataclass(frozen=True)
-class Step:
-    """What `export_bundle` is doing, for a progress display: `total` bytes or texts."""
-
-    label: str
-    total: int
-
-
-Progress = Callable[[Step, int], None]
 
 
 def export_bundle(
@@ -71,184 +59,106 @@ def export_bundle(
     calibration: Sequence[Text] | None = None,
     int8_budget: float = DEFAULT_BUDGET,
     foreign: ForeignGraph | None = None,
+    force: bool = False,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> Bundle:
-    """Write a bundle to `folder`, replacing the bundle there in one step.
+    """Make the bundle at `folder` one of this checkpoint with these precisions, and no others, in one step.
 
-    The narrow precisions are shaped by the activations of `calibration`, by default the shipped calibration texts;
-    `int8_budget` is the part of the matrix work that INT8 must keep. Raises InputError for a budget that is none,
-    CheckpointError for weights that cannot be used, OutputError when the folder cannot be written or holds something
-    that is not a bundle. With `foreign`, that graph is the bundle's only one. Until the last moment the old bundle is
-    untouched.
+    Graphs whose inputs have not changed are kept, and with them engines, golden vectors and verdicts; `force` keeps
+    nothing. When nothing changed at all, the folder is not touched. `tell` is told what became of each graph. The
+    narrow precisions are shaped by the activations of `calibration`, by default the shipped calibration texts.
+
+    `int8_budget` is the part of the matrix work that INT8 must keep. With `foreign`, that graph is the bundle's only
+    one and is always written. Raises InputError for a budget that is none, CheckpointError for weights that cannot be
+    used, OutputError when the folder cannot be written or holds something that is not a bundle. Until the last moment
+    the old bundle is untouched.
     """
     _check_target(folder)
     check_budget(int8_budget)
-    source_bytes = sum(f.stat().st_size for f in checkpoint.weights.files)
-    hashing = Step("hash the source", source_bytes)
-    progress(hashing, 0)
-    source = checkpoint.source()
-    progress(hashing, source_bytes)
+    precisions = sorted(set(precisions), key=list(Precision).index)
+    old, otherwise = find_old(folder, force=force)
+    texts = calibration_texts() if calibration is None and precisions != [Precision.FP32] else calibration or []
+    advance = _advance(progress, _bytes_to_hash(checkpoint, old))
+    source = checkpoint.source(lambda path: cached_sha256(path, advance))
+    if foreign is None:
+        inputs = {p: graph_inputs(checkpoint, source, p, texts, int8_budget) for p in precisions}
+        decisions = [decide(old, p, inputs[p], otherwise, advance) for p in precisions]
+    else:
+        decisions = [Decision(foreign.precision, {}, None, "it was given with --from-onnx")]
+    notices = [*checkpoint.notices, *(foreign.notices if foreign else ())]
+    kept = [d.kept for d in decisions if d.kept]
+    if old is not None and len(kept) == len(decisions):
+        manifest = _manifest(checkpoint, source, kept, old, lambda line: None, notices)
+        if is_same(old, manifest):
+            _tell_all(folder, decisions, kept, tell)
+            return open_bundle(folder)
     with staged_folder(folder) as staging:
         shutil.copyfile(checkpoint.folder / TOKENIZER, staging / TOKENIZER)
-        tokenizer = record_file(staging, TOKENIZER)
-        content = content_fingerprint(checkpoint.contract, tokenizer, source)
+        if old is not None:
+            carry(old, [f.file for g in kept for f in g.files], staging)
         if foreign is None:
-            graphs = write_graphs(checkpoint, staging, precisions, progress, calibration, int8_budget)
+            already = {g.precision: g for g in kept}
+            graphs = write_graphs(checkpoint, staging, precisions, progress, texts, already, int8_budget)
         else:
             graphs = [adopt_graph(checkpoint, foreign, staging, progress)]
-        manifest = Manifest(
-            schema_version=SCHEMA_VERSION,
-            fingerprint=content,
-            created_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            source=source,
-            contract=checkpoint.contract,
-            tokenizer=tokenizer,
-            graphs=graphs,
-            engines=[onnxruntime_engine(content, g) for g in graphs if g.precision in _ONNXRUNTIME_PRECISIONS],
-            golden=None,
-            versions=versions(_VERSIONED),
-            notices=[*checkpoint.notices, *(foreign.notices if foreign else ())],
-        )
+        graphs = [replace(g, inputs=d.inputs) for g, d in zip(graphs, decisions, strict=True)]
+        manifest = _manifest(checkpoint, source, graphs, old, tell, notices)
+        if old is not None:
+            carry(old, outliving_files(manifest, old), staging)
         write_manifest(staging, manifest)
+    _tell_all(folder, decisions, graphs, tell)
     return open_bundle(folder)
 
 
-def write_graphs(
+def _manifest(
     checkpoint: Checkpoint,
-    root: Path,
-    precisions: list[Precision],
-    progress: Progress,
-    calibration: Sequence[Text] | None,
-    int8_budget: float = DEFAULT_BUDGET,
-) -> list[GraphRecord]:
-    """Write the graphs of all precisions under `root`; probes the fp32 graph when one of them is narrow."""
-    fp32 = write_graph(checkpoint, root, Precision.FP32, progress)
-    if precisions == [Precision.FP32]:
-        return [fp32]
-    texts = calibration_texts() if calibration is None else calibration
-    measured = measure(checkpoint, root, fp32, texts, progress)
-    graphs = []
-    for precision in precisions:
-        if precision is Precision.FP32:
-            graphs.append(fp32)
-        elif precision is Precision.INT8:
-            graphs.append(write_int8_graphs(checkpoint, root, fp32, measured, int8_budget, progress))
-        else:
-            plan = rescale_plan(checkpoint, measured)
-            graphs.append(replace(write_graph(checkpoint, root, precision, progress, plan), rescaling=plan.lines))
-    graphs = [g if g is fp32 else replace(g, calibration_sha256=texts_sha256(texts)) for g in graphs]
-    if Precision.FP32 not in precisions:
-        for record in (fp32.model, fp32.data):
-            (root / record.file).unlink()
-    return graphs
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Calibration texts as token ids, EOS included, and what the probe measured on them."""
-
-    sequences: list[list[int]]
-    statistics: Statistics
-
-
-def measure(
-    checkpoint: Checkpoint, root: Path, fp32: GraphRecord, texts: Sequence[Text], progress: Progress
-) -> Measured:
-    """Probe the fp32 graph on `texts`. Raises InputError, EngineError, OutputError."""
-    contract = checkpoint.contract
-    tokenizer = TextTokenizer(root / TOKENIZER, contract)
-    rendered = [contract.prompts.get(text.prompt or "", "") + text.text for text in texts]
-    sequences = [item.ids for item in tokenizer.encode(rendered, Instruction(prompt=""))]
-    statistics = probe(
-        root / fp32.model.file,
-        fp32.model.sha256 + fp32.data.sha256,
-        checkpoint.config,
-        sequences,
-        progress=lambda label, done, total: progress(Step(label, total), done),
+    source: Source,
+    graphs: list[GraphRecord],
+    old: Bundle | None,
+    tell: Callable[[str], None],
+    notices: list[str],
+) -> Manifest:
+    """Return the manifest of these graphs, with the engines and golden vectors of `old` that still hold."""
+    tokenizer = next(f for f in source.files if f.file == TOKENIZER)
+    content = content_fingerprint(checkpoint.contract, tokenizer, source)
+    manifest = Manifest(
+        schema_version=SCHEMA_VERSION,
+        fingerprint=content,
+        created_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        source=source,
+        contract=checkpoint.contract,
+        tokenizer=tokenizer,
+        graphs=graphs,
+        engines=[],
+        golden=None,
+        versions=versions(_VERSIONED),
+        notices=notices,
     )
-    return Measured(sequences, statistics)
+    engines = [onnxruntime_engine(content, g) for g in graphs if g.precision in _ONNXRUNTIME_PRECISIONS]
+    return manifest_after(old, replace(manifest, engines=engines), tell)
 
 
-def rescale_plan(checkpoint: Checkpoint, measured: Measured) -> RescalePlan:
-    """Decide what FP16 needs."""
-    largest = functools.cache(lambda name: absmax(checkpoint.weights, name))
-    return plan_rescaling(checkpoint.config, measured.statistics, largest)
+def _tell_all(folder: Path, decisions: list[Decision], graphs: list[GraphRecord], tell: Callable[[str], None]) -> None:
+    for decision, graph in zip(decisions, graphs, strict=True):
+        size = "" if decision.kept else f" ({graph.data.size_bytes / 1e6:.1f} MB of weights)"
+        tell(f"{'kept' if decision.kept else 'wrote'} {folder / graph.model.file}{size}: {decision.reason}")
 
 
-def write_int8_graphs(
-    checkpoint: Checkpoint, root: Path, fp32: GraphRecord, measured: Measured, budget: float, progress: Progress
-) -> GraphRecord:
-    """Write graphs/int8.onnx, its twin graphs/int8-uint8.onnx and the data of both. Raises as `plan_int8` does."""
-    quantization = plan_int8(
-        checkpoint.config,
-        checkpoint.weights,
-        measured.statistics,
-        root / fp32.model.file,
-        measured.sequences,
-        budget=budget,
-        progress=lambda label, done, total: progress(Step(label, total), done),
-    )
-    graph = write_graph(checkpoint, root, Precision.INT8, progress, quantization=quantization)
-    return replace(graph, rescaling=quantization.rescale.lines, quantization=quantization.record)
+def _bytes_to_hash(checkpoint: Checkpoint, old: Bundle | None) -> int:
+    source = sum(f.stat().st_size for f in checkpoint.weights.files)
+    return source + sum(f.size_bytes for g in (old.manifest.graphs if old else []) for f in g.files)
 
 
-def write_graph(
-    checkpoint: Checkpoint,
-    root: Path,
-    precision: Precision,
-    progress: Progress,
-    plan: RescalePlan | None = None,
-    quantization: QuantizationPlan | None = None,
-) -> GraphRecord:
-    """Write graphs/<precision>.onnx and its data, and for INT8 the twin, under `root`.
-
-    Raises CheckpointError, OSError.
-    """
-    model_file, data_file = f"graphs/{precision}.onnx", f"graphs/{precision}.onnx.data"
-    (root / "graphs").mkdir(exist_ok=True)
-    layout = DataLayout(Path(data_file).name)
-    build = functools.partial(
-        build_encoder,
-        checkpoint.config,
-        layout,
-        producer_version=runtime.__version__,
-        precision=precision,
-        plan=plan,
-        quantization=quantization,
-    )
-    models = {model_file: build()}
-    if quantization is not None:
-        models[TWIN] = build(twin=True)
-    step = Step(f"write the {precision} graph", layout.size_bytes)
-    done = 0
+def _advance(progress: Progress, total: int) -> Callable[[int], None]:
+    """Return a counter of bytes hashed; the source's small files push it past the total by less than shows."""
+    step, done = Step("hash source and bundle", total), 0
 
     def advance(count: int) -> None:
         nonlocal done
         done += count
-        progress(step, done)
+        progress(step, min(done, total))
 
-    data_sha256 = write(layout, checkpoint.weights, root / data_file, advance)
-    for file, model in models.items():
-        ir.save(model, root / file)
-    return GraphRecord(
-        precision,
-        record_file(root, model_file),
-        record_file(root, data_file, sha256=data_sha256),
-        OPSET,
-        twin=record_file(root, TWIN) if quantization is not None else None,
-    )
-
-
-def adopt_graph(checkpoint: Checkpoint, foreign: ForeignGraph, root: Path, progress: Progress) -> GraphRecord:
-    """Write a foreign graph as the bundle's under `root`. Raises InputError, OSError."""
-    step = Step(f"write the given {foreign.precision} graph", weight_bytes(foreign))
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        progress(step, done)
-
-    return write_foreign(foreign, checkpoint.config, checkpoint.contract.pad_id, root, advance)
+    return advance
 
 
 def onnxruntime_engine(content: str, graph: GraphRecord) -> EngineRecord:

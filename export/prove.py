@@ -6,31 +6,38 @@ The manifest is the commit point: whatever instant the process dies at, the bund
 
 from __future__ import annotations
 
+import datetime
 import hashlib
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from calibration.texts import Text
-from export.config import CONFIG
-from export.conventions import TOKENIZER
+from calibration.texts import Text, texts_sha256
+from export.cache import cached_sha256
+from export.changes import damage
+from export.checkpoint import reference_files
 from export.hub import Location, locate
 from export.parity import check_bundle
-from export.reference import Reference
+from export.recorded import RecordedReference
 from export.report import EngineReport, ParityReport, to_json
 from export.samples import Progress
+from export.verdicts import read_report, recorded, require_intact, run_versions, standing, unexecutable
 from runtime import golden
 from runtime.bundle import (
     GOLDEN,
     REPORT,
     Bundle,
+    EngineRecord,
     ParityRecord,
+    Verdict,
     open_bundle,
     record_file,
     with_parity,
     write_manifest,
 )
-from runtime.errors import BundleError, CheckpointError
-from runtime.files import sha256_file, write_atomic
+from runtime.errors import BundleError, CheckpointError, InputError
+from runtime.files import write_atomic
 
 
 def prove_bundle(
@@ -40,21 +47,101 @@ def prove_bundle(
     engine_names: Sequence[str] | None = None,
     model: str | None = None,
     report_dir: Path | None = None,
+    force: bool = False,
     progress: Progress = lambda label, done, total: None,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> ParityReport:
     """Compare the engines of a bundle with PyTorch and record golden vectors, report and verdicts.
 
-    `model` overrides where the checkpoint lies; its files must be those the bundle was made from. Raises BundleError,
-    CheckpointError, NotFoundError, InputError or OutputError. A bundle is never left broken; when the disk fills while
-    new golden vectors are recorded it may be left unproven, and the runtime then refuses it.
+    A verdict that still stands is kept, unless `force` is given; `tell` is told why the others are compared. The report
+    holds all engines, its verdict is that of those asked for. `model` overrides where the checkpoint lies; its files
+    must be those the bundle was made from.
+
+    Raises BundleError, CheckpointError, NotFoundError, InputError or OutputError. A bundle is never left broken; when
+    the disk fills while new golden vectors are recorded it may be left unproven, and the runtime then refuses it.
     """
+    start = time.perf_counter()
     bundle = open_bundle(folder)
-    reference = Reference(source_location(bundle, model))
-    report, vectors = check_bundle(bundle, reference, texts, engine_names=engine_names, progress=progress)
-    record(bundle, report, vectors)
+    if not texts:
+        raise InputError("there are no texts to compare on.", cure="Give a file with at least one text.")
+    asked = bundle.manifest.engines if engine_names is None else [bundle.engine(n) for n in engine_names]
+    require_intact(bundle, asked)
+    location = source_location(bundle, model) if model is not None else None
+    old, hash_of_texts = read_report(bundle), texts_sha256(texts)
+    found, to_run = _without_reference(bundle, asked, old, hash_of_texts, force, tell)
+    current = old is not None and old.coverage.texts_sha256 == hash_of_texts and _golden_is_whole(bundle)
+    vectors = None
+    if to_run or not current:
+        with RecordedReference(location or source_location(bundle, model), bundle.manifest.source) as reference:
+            report, vectors = check_bundle(bundle, reference, texts, engine_names=to_run, progress=progress)
+        tell(f"reference: {reference.computed} vectors from PyTorch now, the others from its earlier runs")
+        found |= {e.engine: e for e in report.engines}
+    else:
+        assert old is not None
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        report = replace(old, created_at=now)
+    report = _merged(bundle, replace(report, duration_s=round(time.perf_counter() - start, 3)), old, found, len(texts))
+    if vectors is not None or any(not e.kept for e in found.values()):
+        record(bundle, report, vectors)
     if report_dir is not None:
         write_atomic(report_dir / Path(REPORT).name, to_json(report))
     return report
+
+
+def _without_reference(
+    bundle: Bundle,
+    asked: Sequence[EngineRecord],
+    old: ParityReport | None,
+    hash_of_texts: str,
+    force: bool,
+    tell: Callable[[str], None],
+) -> tuple[dict[str, EngineReport], list[str]]:
+    """Return the results that need no reference (verdicts that stand, engines that cannot run) and who must be run."""
+    found: dict[str, EngineReport] = {}
+    to_run = []
+    for engine in asked:
+        name = engine.full_name
+        result = "--force was given" if force else standing(bundle, engine, old, hash_of_texts)
+        if isinstance(result, EngineReport):
+            found[name] = result
+            continue
+        idle = unexecutable(bundle, engine) if engine.target else None
+        if idle is not None:
+            found[name] = idle
+            continue
+        tell(f"comparing {name}: {result}")
+        to_run.append(name)
+    return found, to_run
+
+
+def _merged(
+    bundle: Bundle, report: ParityReport, old: ParityReport | None, found: dict[str, EngineReport], texts: int
+) -> ParityReport:
+    """Return the report with every engine of the bundle that was ever compared as it is: now, or in the old report."""
+    engines = []
+    for engine in bundle.manifest.engines:
+        result = found.get(engine.full_name)
+        if result is None and engine.parity is not None:
+            earlier = recorded(old, engine)
+            result = replace(earlier, kept="it was not asked for") if earlier else None
+        elif result is not None and not result.kept:
+            result = replace(
+                result,
+                checked_at=report.created_at,
+                texts=texts,
+                texts_sha256=report.coverage.texts_sha256,
+                versions=run_versions(engine.backend),
+            )
+        engines += [result] if result else []
+    verdicts = {e.verdict for e in found.values()}
+    failed = report.tokenizer_mismatches or "fail" in verdicts
+    verdict: Verdict = "fail" if failed else "pass" if "pass" in verdicts else "not_executed"
+    return replace(report, engines=engines, verdict=verdict)
+
+
+def _golden_is_whole(bundle: Bundle) -> bool:
+    golden_record = bundle.manifest.golden
+    return golden_record is not None and damage(bundle, [golden_record]) is None
 
 
 def source_location(bundle: Bundle, model: str | None) -> Location:
@@ -67,12 +154,9 @@ def source_location(bundle: Bundle, model: str | None) -> Location:
             f"the checkpoint of this bundle ({source.id}) is not at hand: {error.message}",
             cure=f"Name its folder: f2rt parity {bundle.folder} --model FOLDER",
         ) from error
-    for file in source.files:
-        # What decides a vector; a changed model card does not matter.
-        if not (file.file.endswith(".safetensors") or file.file in (CONFIG, TOKENIZER)):
-            continue
+    for file in reference_files(source):
         path = location.folder / file.file
-        if not path.is_file() or sha256_file(path) != file.sha256:
+        if not path.is_file() or cached_sha256(path) != file.sha256:
             raise BundleError(
                 f"{path} is not the file this bundle was made from.",
                 cure="Export the checkpoint again, or name the right folder with --model.",
@@ -80,31 +164,37 @@ def source_location(bundle: Bundle, model: str | None) -> Location:
     return location
 
 
-def record(bundle: Bundle, report: ParityReport, vectors: golden.Golden) -> None:
-    """Write golden.npz, parity/report.json and the manifest, in an order that never leaves a broken bundle."""
-    data = golden.pack(vectors)
-    sha256 = hashlib.sha256(data).hexdigest()
+def record(bundle: Bundle, report: ParityReport, vectors: golden.Golden | None) -> None:
+    """Write golden.npz, parity/report.json and the manifest, in an order that never leaves a broken bundle.
+
+    Golden vectors that are already there are not written again; None keeps them.
+    """
     manifest = bundle.manifest
-    if manifest.golden is None or manifest.golden.sha256 != sha256:
-        if manifest.golden is not None:
+    golden_record = manifest.golden
+    data = golden.pack(vectors) if vectors is not None else b""
+    sha256 = hashlib.sha256(data).hexdigest()
+    if vectors is not None and not (_golden_is_whole(bundle) and golden_record and golden_record.sha256 == sha256):
+        if golden_record is not None:
             write_manifest(bundle.folder, with_parity(manifest, {}, None))
         write_atomic(bundle.path(GOLDEN), data)
+        golden_record = record_file(bundle.folder, GOLDEN, sha256=sha256)
     report_data = to_json(report)
     write_atomic(bundle.path(REPORT), report_data)
-    verdicts = {e.fingerprint: _verdict(report, e, hashlib.sha256(report_data).hexdigest()) for e in report.engines}
-    write_manifest(bundle.folder, with_parity(manifest, verdicts, record_file(bundle.folder, GOLDEN, sha256=sha256)))
+    report_sha256 = hashlib.sha256(report_data).hexdigest()
+    verdicts = {e.fingerprint: _verdict(e, report_sha256) for e in report.engines}
+    write_manifest(bundle.folder, with_parity(manifest, verdicts, golden_record))
 
 
-def _verdict(report: ParityReport, engine: EngineReport, report_sha256: str) -> ParityRecord:
+def _verdict(engine: EngineReport, report_sha256: str) -> ParityRecord:
     checks = engine.checks
     return ParityRecord(
         verdict=engine.verdict,
         fingerprint=engine.fingerprint,
-        texts_sha256=report.coverage.texts_sha256,
-        texts=report.coverage.texts,
+        texts_sha256=engine.texts_sha256,
+        texts=engine.texts,
         min_cosine=min((c.cosine_min for c in checks), default=-1.0),
         mean_cosine=checks[0].cosine_mean if checks else -1.0,
         max_abs_diff=max((c.max_abs_diff for c in checks), default=-1.0),
         report_sha256=report_sha256,
-        checked_at=report.created_at,
+        checked_at=engine.checked_at,
     )

@@ -8,15 +8,44 @@ The only file of the product that imports torch and transformers.
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from export.hub import Location
 from runtime.errors import CheckpointError, missing_extra
+
+
+class ReferenceVectors(Protocol):
+    """What a comparison needs of the reference: `Reference` computes it, `export.recorded` remembers it."""
+
+    location: Location
+    versions: dict[str, str]
+
+    def tokenize(self, text: str, max_tokens: int) -> list[int]:
+        """Return the ids of a rendered text."""
+        ...
+
+    def hidden(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Return the hidden states of one text, float32 [tokens, dim]."""
+        ...
+
+    def embed(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Return the vector of one text, float32 [dim]."""
+        ...
+
+
+def reference_versions() -> dict[str, str]:
+    """Return the versions of what computes the reference, without importing it. Raises MissingExtraError."""
+    try:
+        return {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    except importlib.metadata.PackageNotFoundError as error:
+        raise missing_extra(str(error.name), "export") from error
 
 
 class Reference:
@@ -36,7 +65,7 @@ class Reference:
         folder = location.folder
         self.location = location
         self._torch = torch
-        self.versions = {"torch": str(torch.__version__), "transformers": str(transformers.__version__)}
+        self.versions = reference_versions()
         try:
             with _quiet():
                 self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder)

@@ -65,6 +65,8 @@ class TokenMismatch:
 class EngineReport:
     """All checks of one engine. `diagnosis` names the likely cause of a failure.
 
+    `checked_at`, `texts`, `texts_sha256` and `versions` say when, on what and with what it was compared. `kept` says
+    why an earlier result was taken over; it is empty for one of this run.
     `omitted` counts the texts that are longer than the engine was built for: it refuses them.
     """
 
@@ -78,6 +80,11 @@ class EngineReport:
     diagnosis: list[str] = field(default_factory=list)
     reason: str = ""
     omitted: int = 0
+    checked_at: str = ""
+    texts: int = 0
+    texts_sha256: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    kept: str = ""
 
 
 @dataclass(frozen=True)
@@ -99,7 +106,7 @@ class Coverage:
 
 @dataclass(frozen=True)
 class ParityReport:
-    """The content of report.json."""
+    """The content of report.json. `verdict` is that of the engines asked for in the last run, `engines` holds all."""
 
     schema_version: int
     verdict: Verdict
@@ -143,6 +150,8 @@ def _stamp(verdict: Verdict) -> Line:
 
 def _engine(report: EngineReport) -> RenderableType:
     title = Line.assemble((report.engine, "bold"), f"  {report.fingerprint}  ", _stamp(report.verdict))
+    if report.kept:
+        return Group(title, Line(f"kept from {report.checked_at}: {report.kept}; {report.reason or _numbers(report)}"))
     if report.reason:
         return Group(title, Line(report.reason))
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
@@ -179,6 +188,17 @@ def _engine(report: EngineReport) -> RenderableType:
     if report.omitted:
         problems.append(Line(f"{report.omitted} texts are longer than the engine takes and were left out"))
     return Group(title, Line(), table, limit, *problems, *causes, Line(), worst, _worst(report))
+
+
+def _numbers(report: EngineReport) -> str:
+    """Return the least favourable numbers of all checks, on one line."""
+    checks = report.checks
+    if not checks:
+        return "it could not be run"
+    return (
+        f"on {report.texts} texts min cosine {min(c.cosine_min for c in checks):.7f}, "
+        f"mean {checks[0].cosine_mean:.7f}, max |diff| {max(c.max_abs_diff for c in checks):.1e}"
+    )
 
 
 def _worst(report: EngineReport) -> Table:

@@ -28,6 +28,8 @@ from export.config import EncoderConfig
 from export.external_data import NO_SHIFT, Shift
 from runtime.bundle import Rescaling
 
+# Raise it when the same measurements give another plan than before: narrow graphs are then written again.
+RULES = 1
 FLOAT16_MAX = 65504.0
 # Calibration sees a sample: nothing measured may come nearer to the end of the range than this factor.
 SAFETY_FACTOR = 16.0

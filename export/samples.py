@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.texts import Text, texts_sha256
-from export.reference import Reference
+from export.reference import ReferenceVectors
 from export.report import Coverage, TokenMismatch
 from runtime.bundle import Bundle, Contract
 from runtime.errors import BundleError
@@ -36,7 +36,7 @@ class Sample:
 
 
 def make_samples(
-    reference: Reference, contract: Contract, texts: Sequence[Text], progress: Progress
+    reference: ReferenceVectors, contract: Contract, texts: Sequence[Text], progress: Progress
 ) -> tuple[list[Sample], list[str]]:
     """Run the reference over all texts. Returns the samples and the names of prompts the checkpoint does not have."""
     samples, missing = [], set()

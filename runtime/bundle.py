@@ -141,6 +141,8 @@ class GraphRecord:
     An INT8 graph has a `twin` on the same data: `model` rounds activations to int8, as TensorRT takes it, `twin` to
     uint8 with zero point 128, the same grid in the form that ONNX Runtime on x86 has fast kernels for.
     `origin` is None for a graph that f2rt wrote from the checkpoint.
+    `inputs` names everything that decided the graph's bytes, each with its hash or value: an export keeps a graph whose
+    inputs are still the same.
     """
 
     precision: str
@@ -153,10 +155,17 @@ class GraphRecord:
     twin: FileRecord | None = None
     origin: Origin | None = None
 
+    inputs: dict[str, str] = field(default_factory=dict)
+
     @property
     def files(self) -> list[FileRecord]:
         """Return the records of all its files."""
         return [self.model, self.data, *([self.twin] if self.twin else [])]
+
+    @property
+    def key(self) -> str:
+        """64 hex digits over the bytes of all its files: what an engine made from it depends on."""
+        return hashlib.sha256(" ".join(f.sha256 for f in self.files).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -292,6 +301,14 @@ def open_bundle(folder: Path) -> Bundle:
 
     Raises BundleError naming the file, what was found and what was expected.
     """
+    bundle = Bundle(folder, read_manifest(folder))
+    for record in bundle_files(bundle.manifest):
+        _check_size(bundle, record)
+    return bundle
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read a bundle's manifest and look at no other file. Raises BundleError."""
     path = folder / MANIFEST
     try:
         data = path.read_bytes()
@@ -304,11 +321,7 @@ def open_bundle(folder: Path) -> Bundle:
         raise BundleError(
             f"cannot read {path}: {error.strerror}.", cure="Check the path and its permissions."
         ) from error
-    manifest = _parse(path, data)
-    bundle = Bundle(folder, manifest)
-    for record in bundle_files(manifest):
-        _check_size(bundle, record)
-    return bundle
+    return _parse(path, data)
 
 
 def _parse(path: Path, data: bytes) -> Manifest:

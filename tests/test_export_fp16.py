@@ -16,6 +16,7 @@ from calibration.texts import calibration_texts, verification_texts
 from export.checkpoint import Checkpoint
 from export.encoder import build_encoder
 from export.external_data import DataLayout, write
+from export.graphs import measure, rescale_plan
 from export.hub import locate
 from export.parity import check_bundle
 from export.pipeline import export_bundle
@@ -106,9 +107,8 @@ def test_rescaled_fp32_graph_equals_the_original(hostile: Path, hostile_bundle: 
 
 
 def plan_of(checkpoint: Checkpoint, bundle: Bundle) -> RescalePlan:
-    from export.pipeline import rescale_plan
-
-    return rescale_plan(checkpoint, bundle.folder, bundle.graph("fp32"), CALIBRATION, lambda step, done: None)
+    measured = measure(checkpoint, bundle.folder, bundle.graph("fp32"), CALIBRATION, lambda step, done: None)
+    return rescale_plan(checkpoint, measured)
 
 
 def test_plan_is_in_the_manifest_with_its_reasons(hostile: Path, hostile_bundle: Bundle) -> None:

@@ -22,9 +22,10 @@ from export.cli import app
 from export.config import EncoderConfig
 from export.encoder import build_encoder
 from export.external_data import DataLayout, write
+from export.graphs import measure
 from export.hub import locate
 from export.int8 import groups, round_rows, row_scales, search
-from export.pipeline import export_bundle, measure
+from export.pipeline import export_bundle
 from export.precision import Precision
 from export.quantize import fold
 from export.sensitivity import exclusions

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,69 +17,39 @@ from export.pipeline import export_bundle
 from export.precision import Precision, parse_precisions
 from runtime.bundle import Bundle, bundle_files, check_hash, open_bundle
 from runtime.errors import InputError, OutputError
+from tests import killing
 
 ROOT = Path(__file__).parent.parent
 
-# Runs in a process of its own: forks a child per point, and the child kills itself at its N-th change of the file
-# system. Reports, for each point, whether the child was killed and what stands at the target afterwards.
+# Whatever the point, the target is the old bundle or the new one, and every file has its recorded hash.
 DRIVER = """
-import json, os, signal, sys
+import sys
 from pathlib import Path
 from export.checkpoint import Checkpoint
 from export.hub import locate
 from export.pipeline import export_bundle
-from export.precision import Precision
+from export.precision import parse_precisions
 from runtime.bundle import bundle_files, check_hash, open_bundle
+from tests.killing import at_every_change
 
-checkpoint, target = Checkpoint.open(locate(sys.argv[1])), Path(sys.argv[2])
-export_bundle(checkpoint, target, [Precision.FP32])
+checkpoint, target, precisions = Checkpoint.open(locate(sys.argv[1])), Path(sys.argv[2]), parse_precisions(sys.argv[3])
+export_bundle(checkpoint, target, precisions)
 
-def changes(event, args):
-    if event == "open":
-        return isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-    return event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "ctypes.dlsym", "shutil.rmtree")
-
-def child(point):
-    seen = 0
-    def hook(event, args):
-        nonlocal seen
-        if changes(event, args):
-            seen += 1
-            if seen == point:
-                os.kill(os.getpid(), signal.SIGKILL)
-    sys.addaudithook(hook)
-    export_bundle(checkpoint, target, [Precision.FP32])
-    os._exit(0)
-
-point, status = 0, -1
-while status != 0:
-    point += 1
-    before = open_bundle(target).manifest.created_at
-    pid = os.fork()
-    if pid == 0:
-        try:
-            child(point)
-        finally:
-            os._exit(3)
-    _, status = os.waitpid(pid, 0)
+def check():
     bundle = open_bundle(target)
     for record in bundle_files(bundle.manifest):
         check_hash(bundle, record)
-    leftovers = len(list(target.parent.iterdir())) - 1
-    print(json.dumps({"point": point, "status": status, "leftovers": leftovers}), flush=True)
+    return {"leftovers": len(list(target.parent.iterdir())) - 1}
+
+at_every_change(lambda _: None, lambda _: export_bundle(checkpoint, target, precisions, force=True) and None, check)
 """
 
 
 def test_killed_at_every_change_of_the_file_system(mini: Path, tmp_path: Path) -> None:
-    target = tmp_path / "build" / "mini"
-    command = [sys.executable, "-c", DRIVER, str(mini), str(target)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr  # the driver opens and hashes the bundle after each kill
-    points = [json.loads(line) for line in done.stdout.splitlines()]
+    points = killing.run(DRIVER, mini, tmp_path / "build" / "mini", "fp32")
     assert len(points) >= 8  # staging, tokenizer, graphs, data, model, manifest, exchange, removal
-    assert [os.WTERMSIG(p["status"]) for p in points[:-1]] == [signal.SIGKILL] * (len(points) - 1)
     assert max(p["leftovers"] for p in points) >= 1  # the kills did strike while something was half made
-    assert points[-1] == {"point": len(points), "status": 0, "leftovers": 0}  # and the next export cleaned up
+    assert points[-1]["leftovers"] == 0  # and the next export cleaned up
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
@@ -100,7 +68,7 @@ def test_killed_while_weights_stream(checkpoint: Checkpoint, tmp_path: Path, sha
             raise FaultError
 
     with pytest.raises(FaultError):
-        export_bundle(checkpoint, target, [Precision.FP32], strike)
+        export_bundle(checkpoint, target, [Precision.FP32], strike, force=True)
     assert (target / "manifest.json").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["mini"]
 
@@ -177,7 +145,7 @@ def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
 def test_full_disk_keeps_the_old_bundle(tmp_path: Path) -> None:
     done = in_small_file_system(
         "mount -t tmpfs -o size=40m none $D && eval $F2RT export checkpoints/mini --out $D/mini >/dev/null && "
-        "{ eval $F2RT export checkpoints/mini --out $D/mini; echo status $?; ls -A $D; "
+        "{ eval $F2RT export checkpoints/mini --out $D/mini --force; echo status $?; ls -A $D; "
         "eval $F2RT inspect $D/mini --verify | tail -1; }",
         tmp_path,
     )

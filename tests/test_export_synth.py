@@ -19,22 +19,10 @@ from safetensors import safe_open
 
 from export import synth
 from export.checkpoint import Checkpoint
-from export.config import EncoderConfig
 from export.hub import locate
 from runtime.errors import CheckpointError, InputError, OutputError
+from tests.tiny import TINY, write_tiny
 
-TINY = EncoderConfig(
-    vocab_size=16_000,
-    hidden_size=16,
-    layers=3,
-    heads=4,
-    kv_heads=2,
-    head_dim=8,
-    intermediate_size=48,
-    max_positions=256,
-    rope_theta=1e6,
-    rms_norm_eps=1e-6,
-)
 MINI = synth.default_tokenizer()
 PARAMETERS = {
     "80M": 80_084_288,
@@ -46,11 +34,6 @@ PARAMETERS = {
     "8B": 7_568_405_504,
     "14B": 13_990_394_880,
 }
-
-
-def write_tiny(folder: Path, *, seed: int = 0, shard_bytes: int = 1 << 30, config: EncoderConfig = TINY) -> Path:
-    synth._write(config, folder, MINI, "tiny", seed, shard_bytes, lambda label, done, total: None)
-    return folder
 
 
 def hashes(folder: Path) -> dict[str, str]:

@@ -1,0 +1,425 @@
+"""An unchanged input writes nothing; a changed one writes exactly what depends on it, and the command says why."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+from typer.testing import CliRunner
+
+from calibration.texts import calibration_texts, texts_sha256, verification_texts, write_lines
+from export import cache
+from export.build import add_engine
+from export.cache import cached_sha256
+from export.changes import difference
+from export.checkpoint import Checkpoint
+from export.cli import app
+from export.config import EncoderConfig
+from export.encoder import build_encoder, rotary_tables
+from export.external_data import DataLayout, Shift, write
+from export.hub import locate
+from export.precision import Precision
+from export.profiles import Profile
+from export.rescale import RescalePlan
+from runtime.bundle import Bundle, EngineRecord, ParityRecord, open_bundle, write_manifest
+from runtime.files import sha256_file
+from tests.tiny import write_tiny
+
+FP32, FP16, BF16 = "graphs/fp32.onnx", "graphs/fp16.onnx", "graphs/bf16.onnx"
+ALL = {FP32, FP16, BF16}
+SAME = "nothing it depends on has changed"
+VERDICT = ParityRecord("pass", "", "texts", 1, 1.0, 1.0, 0.0, "report", "2026-01-01T00:00:00+00:00")
+
+
+class Project:
+    """A checkpoint, calibration texts and the bundle made from them; the export is the command itself."""
+
+    def __init__(self, folder: Path) -> None:
+        self.checkpoint = folder / "checkpoint"
+        self.texts = folder / "texts.jsonl"
+        self.folder = folder / "bundle"
+        self.precisions = "fp32,fp16,bf16"
+        self.options: list[str] = []
+
+    def export(self) -> dict[str, tuple[str, str]]:
+        """Run the command; return per graph or engine file what became of it ("kept", "wrote", "dropped") and why."""
+        command = ["export", str(self.checkpoint), "--out", str(self.folder), "--precision", self.precisions]
+        if self.texts.exists():
+            command += ["--calibration", str(self.texts)]
+        done = CliRunner().invoke(app, command + self.options)
+        assert done.exit_code == 0, done.output
+        found = {}
+        for line in done.output.splitlines():
+            verb, _, rest = line.partition(" ")
+            if verb in ("kept", "wrote", "dropped"):
+                file, _, reason = rest.removeprefix(f"{self.folder}/").partition(": ")
+                found[file.partition(" (")[0]] = (verb, reason)
+        return found
+
+    @property
+    def bundle(self) -> Bundle:
+        return open_bundle(self.folder)
+
+    def prove(self) -> None:
+        """Give every engine a verdict, as parity would: what a verdict takes to be kept is what is tested here."""
+        bundle = self.bundle
+        engines = [replace(e, parity=replace(VERDICT, fingerprint=e.fingerprint)) for e in bundle.manifest.engines]
+        (self.folder / "parity").mkdir(exist_ok=True)
+        (self.folder / "parity/report.json").write_text("{}")
+        write_manifest(self.folder, replace(bundle.manifest, engines=engines))
+
+    def verdicts(self) -> dict[str, bool]:
+        return {e.full_name: e.parity is not None for e in self.bundle.manifest.engines}
+
+    def edit_json(self, file: str, **values: object) -> None:
+        path = self.checkpoint / file
+        path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | values), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("template")
+    write_tiny(folder / "checkpoint")
+    project = Project(folder)
+    project.texts.write_bytes(write_lines(calibration_texts()[:20]))
+    found = project.export()
+    assert found == dict.fromkeys(ALL, ("wrote", "the bundle is new"))
+    return folder
+
+
+@pytest.fixture
+def project(template: Path, tmp_path: Path) -> Project:
+    shutil.copytree(template, tmp_path / "p")
+    project = Project(tmp_path / "p")
+    # The manifest names the checkpoint's folder.
+    assert project.export() == dict.fromkeys(ALL, ("kept", SAME))
+    project.prove()
+    return project
+
+
+def state(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """Return inode and times of the folder and everything in it."""
+    found = {str(p): p.stat() for p in [folder, *folder.rglob("*")]}
+    return {name: (s.st_ino, s.st_mtime_ns, s.st_ctime_ns) for name, s in found.items()}
+
+
+def change_weight(project: Project) -> None:
+    path = project.checkpoint / "model.safetensors"
+    tensors = {key: np.array(value) for key, value in load_file(path).items()}
+    tensors["layers.1.mlp.up_proj.weight"][0, 0] += 1
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def change_texts(project: Project) -> None:
+    project.texts.write_bytes(write_lines(calibration_texts()[:21]))
+
+
+def change_tokenizer(project: Project) -> None:
+    path = project.checkpoint / "tokenizer.json"
+    path.write_text(path.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+
+
+def change_prompt(project: Project) -> None:
+    project.edit_json("config_sentence_transformers.json", prompts={"query": "Q: ", "document": ""})
+
+
+def shorten(project: Project) -> None:
+    project.edit_json("sentence_bert_config.json", max_seq_length=100)
+
+
+def change_theta(project: Project) -> None:
+    path = project.checkpoint / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    text = json.dumps(config).replace(json.dumps(1e6), json.dumps(2e6))
+    assert "2000000.0" in text
+    path.write_text(text, encoding="utf-8")
+
+
+def change_config_for_others(project: Project) -> None:
+    project.edit_json("config.json", _name_or_path="somewhere")
+
+
+def change_card(project: Project) -> None:
+    (project.checkpoint / "README.md").write_text("---\nlicense: mit\n---\n", encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("change", "written", "reason", "fingerprint_stays", "verdicts_stay"),
+    [
+        (change_weight, ALL, "weights changed", False, False),
+        (change_texts, {FP16, BF16}, "calibration texts changed", True, True),
+        (change_tokenizer, {FP16, BF16}, "tokenizer.json changed", False, False),
+        (change_prompt, {FP16, BF16}, "prompts changed", False, False),
+        (shorten, {FP16, BF16}, "token limit (256 to 100) changed", False, False),
+        (change_theta, ALL, "config.json changed", True, False),
+        (change_config_for_others, set(), "", True, False),
+        (change_card, set(), "", True, True),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_exactly_what_depends_on_a_change_is_written(
+    project: Project,
+    change: Callable[[Project], None],
+    written: set[str],
+    reason: str,
+    fingerprint_stays: bool,
+    verdicts_stay: bool,
+) -> None:
+    """Other calibration texts give this checkpoint the same plan and so the same bytes: the verdict stays with them."""
+    before = project.bundle
+    inodes = {name: before.path(name + ".data").stat().st_ino for name in ALL}
+    change(project)
+    found = project.export()
+    assert found == {name: ("wrote", reason) if name in written else ("kept", SAME) for name in ALL}
+    after = project.bundle
+    same_inode = {name for name in ALL if after.path(name + ".data").stat().st_ino == inodes[name]}
+    assert same_inode == ALL - written  # what is kept is the very file
+    assert (after.manifest.fingerprint == before.manifest.fingerprint) == fingerprint_stays
+    assert set(project.verdicts().values()) == {verdicts_stay}
+    assert after.path("parity/report.json").exists() == verdicts_stay
+    for graph in after.manifest.graphs:
+        for file in graph.files:
+            assert sha256_file(after.path(file.file)) == file.sha256
+    touched = state(project.folder)
+    assert project.export() == dict.fromkeys(ALL, ("kept", SAME))
+    assert state(project.folder) == touched  # and now nothing has changed
+
+
+def test_nothing_changed_touches_nothing(project: Project) -> None:
+    before = state(project.folder)
+    assert project.export() == dict.fromkeys(ALL, ("kept", SAME))
+    project.precisions = "bf16,fp16,fp32"
+    assert project.export() == dict.fromkeys(ALL, ("kept", SAME))
+    assert state(project.folder) == before
+    assert [p.name for p in project.folder.parent.iterdir() if p.name.startswith(".")] == []
+
+
+def test_force_writes_everything_and_keeps_no_verdict(project: Project) -> None:
+    project.options = ["--force"]
+    assert project.export() == dict.fromkeys(ALL, ("wrote", "--force was given"))
+    assert set(project.verdicts().values()) == {False}
+
+
+def test_precisions_come_and_go(project: Project) -> None:
+    project.precisions = "fp32"
+    assert project.export() == {FP32: ("kept", SAME)}
+    assert sorted(p.name for p in (project.folder / "graphs").iterdir()) == ["fp32.onnx", "fp32.onnx.data"]
+    assert project.verdicts() == {"onnxruntime:fp32": True}
+    project.precisions = "fp32,bf16"
+    assert project.export() == {FP32: ("kept", SAME), BF16: ("wrote", "the bundle had none")}
+    project.precisions = "fp16"  # fp32 is only needed for the probe, and does not stay
+    assert project.export() == {FP16: ("wrote", "the bundle had none")}
+    assert sorted(p.name for p in (project.folder / "graphs").iterdir()) == ["fp16.onnx", "fp16.onnx.data"]
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path: Path) -> None:
+    """Change one byte and nothing that is cheap to see: the size and the time of the last change stay."""
+    times = path.stat()
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+@pytest.mark.parametrize("file", [FP16, f"{FP16}.data"])
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [(cut, "was changed"), (flip, "was changed"), (Path.unlink, "is missing")],
+    ids=["cut", "flip", "unlink"],
+)
+def test_damaged_graph_is_written_again(
+    project: Project, file: str, damage: Callable[[Path], None], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "_SETTLED_NS", -(10**18))  # even where every hash was kept
+    project.export()
+    damage(project.folder / file)
+    found = project.export()
+    assert found == {FP32: ("kept", SAME), BF16: ("kept", SAME), FP16: ("wrote", f"{file} {words}")}
+    assert set(project.verdicts().values()) == {True}  # the same bytes are there again
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "golden.npz"])
+def test_other_damage_is_repaired(project: Project, file: str) -> None:
+    (project.folder / "golden.npz").write_bytes(b"x")
+    bundle = project.bundle
+    from runtime.bundle import record_file
+
+    write_manifest(project.folder, replace(bundle.manifest, golden=record_file(project.folder, "golden.npz")))
+    project.export()
+    assert project.bundle.manifest.golden is not None
+    flip(project.folder / file)
+    assert project.export() == dict.fromkeys(ALL, ("kept", SAME))
+    after = project.bundle
+    assert sha256_file(after.path("tokenizer.json")) == sha256_file(project.checkpoint / "tokenizer.json")
+    assert (after.manifest.golden is None) == (file == "golden.npz")
+
+
+@pytest.mark.parametrize("text", ["{", '{"schema_version": 999}'], ids=["damaged", "newer"])
+def test_old_manifest_that_cannot_be_read(project: Project, text: str) -> None:
+    (project.folder / "manifest.json").write_text(text)
+    found = project.export()
+    assert {verb for verb, _ in found.values()} == {"wrote"}
+    assert all("the old bundle cannot be used: " in reason for _, reason in found.values())
+
+
+def test_bundle_of_an_earlier_version_says_nothing_of_its_inputs(project: Project) -> None:
+    manifest = project.bundle.manifest
+    write_manifest(project.folder, replace(manifest, graphs=[replace(g, inputs={}) for g in manifest.graphs]))
+    reason = "the old bundle does not say what it was made from"
+    assert project.export() == dict.fromkeys(ALL, ("wrote", reason))
+    assert set(project.verdicts().values()) == {True}  # the bytes came out the same
+
+
+def test_another_version_of_f2rt_keeps_graphs_that_it_would_write_the_same(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = state(project.folder)
+    monkeypatch.setattr("runtime.__version__", "99.0")
+    assert project.export() == dict.fromkeys(ALL, ("kept", SAME))
+    assert state(project.folder) == before
+
+
+def other_tables(config: EncoderConfig) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    cos, sin = rotary_tables(config)
+    return np.nextafter(cos, np.float32(2)), sin
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "written", "reason"),
+    [
+        ("export.encoder.IR_VERSION", 12, ALL, "this f2rt writes another graph"),
+        ("export.encoder.rotary_tables", other_tables, ALL, "this f2rt writes another graph"),
+        ("export.changes.DATA_FORMAT", 99, ALL, "data format (1 to 99) changed"),
+        ("export.changes.RULES", 99, {FP16, BF16}, "rescaling rules (1 to 99) changed"),
+    ],
+)
+def test_a_version_of_f2rt_that_writes_others(
+    project: Project, monkeypatch: pytest.MonkeyPatch, name: str, value: object, written: set[str], reason: str
+) -> None:
+    monkeypatch.setattr(name, value)
+    found = project.export()
+    assert found == {n: ("wrote", reason) if n in written else ("kept", SAME) for n in ALL}
+
+
+def test_bytes_of_a_graph_are_those_of_the_recorded_format(tmp_path: Path) -> None:
+    """When this fails the bytes of a layout changed: raise DATA_FORMAT in export/external_data.py, then the hashes."""
+    checkpoint = Checkpoint.open(locate(str(write_tiny(tmp_path / "tiny"))))
+    up, down = "layers.0.mlp.up_proj.weight", "layers.0.mlp.down_proj.weight"
+    exponents = np.arange(48) % 5 - 2
+    plan = RescalePlan({up: Shift(rows=-exponents), down: Shift(columns=exponents)})
+    found = {}
+    for precision in Precision:
+        layout = DataLayout("x")
+        build_encoder(checkpoint.config, layout, producer_version="", precision=precision, plan=plan)
+        found[precision.value] = write(layout, checkpoint.weights, tmp_path / "x", lambda count: None)[:16]
+    assert found == {"fp32": "6f55cbb79e00d017", "fp16": "40ab877a14aee17e", "bf16": "7f6ad3f9642e1e90"}
+
+
+def test_reasons_in_words() -> None:
+    old = {"weights": "a" * 64, "budget": "0.9", "graph structure": "x"}
+    assert difference(old, dict(old)) is None
+    assert difference(old, old | {"weights": "b" * 64, "graph structure": "y"}) == "weights changed"
+    assert difference(old, old | {"budget": "0.95"}) == "budget (0.9 to 0.95) changed"
+    assert difference(old, old | {"seed": "1", "weights": "b" * 64}) == "weights and seed (none to 1) changed"
+    assert difference(old, old | {"graph structure": "y"}) == "this f2rt writes another graph"
+    assert difference(old, {"weights": "a" * 64, "graph structure": "x"}) == "budget (0.9 to none) changed"
+
+
+def compiled(bundle: Bundle) -> list[EngineRecord]:
+    return [e for e in bundle.manifest.engines if e.target]
+
+
+def test_compiled_engines_outlive_what_does_not_concern_them(mini: Path, tmp_path: Path) -> None:
+    project = Project(tmp_path)
+    shutil.copytree(mini, project.checkpoint)
+    project.texts.write_bytes(write_lines(calibration_texts()[:20]))
+    project.precisions = "fp32,fp16"
+    project.export()
+    built = add_engine(project.folder, "tensorrt-rtx", Precision.FP16, (Profile(1, 64),), target="sm89").record
+    project.prove()
+    # The tokenizer changes what vectors mean, not what the engine was compiled from.
+    change_tokenizer(project)
+    assert project.export()[FP16] == ("wrote", "tokenizer.json changed")
+    (engine,) = compiled(project.bundle)
+    assert (engine.sha256, engine.parity) == (built.sha256, None)
+    assert engine.fingerprint != built.fingerprint
+    assert sha256_file(project.folder / engine.file) == built.sha256
+    again = add_engine(project.folder, "tensorrt-rtx", Precision.FP16, (Profile(1, 64),), target="sm89")
+    assert (again.built, again.reason) == (False, SAME)
+    # Other weights do.
+    change_weight(project)
+    assert project.export()[built.file] == ("dropped", "the fp16 graph changed")
+    assert compiled(project.bundle) == []
+    assert not (project.folder / built.file).exists()
+    add_engine(project.folder, "tensorrt-rtx", Precision.FP16, (Profile(1, 64),), target="sm89")
+    (project.folder / built.file).unlink()
+    assert project.export()[built.file] == ("dropped", "it is missing or was changed")
+    add_engine(project.folder, "tensorrt-rtx", Precision.FP16, (Profile(1, 64),), target="sm89")
+    project.precisions = "fp32"
+    assert project.export()[built.file] == ("dropped", "fp16 was not asked for")
+
+
+def test_where_the_file_system_has_no_links_files_are_copied(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", refuse)
+    change_texts(project)
+    before = (project.folder / f"{FP32}.data").stat().st_ino
+    assert project.export()[FP32] == ("kept", SAME)
+    after = project.bundle
+    assert after.path(f"{FP32}.data").stat().st_ino != before
+    assert sha256_file(after.path(f"{FP32}.data")) == after.graph("fp32").data.sha256
+
+
+def test_calibration_is_read_once_for_all(project: Project) -> None:
+    """A user's file of the shipped texts is the same calibration: it is the texts that count, not their file."""
+    project.texts.write_bytes(write_lines(calibration_texts()))
+    project.export()
+    assert project.bundle.graph("fp16").calibration_sha256 == texts_sha256(calibration_texts())
+    project.texts.unlink()
+    assert project.export() == dict.fromkeys(ALL, ("kept", SAME))
+    project.texts.write_bytes(write_lines(verification_texts()))
+    before = state(project.folder)
+    done = CliRunner().invoke(
+        app, ["export", str(project.checkpoint), "--out", str(project.folder), "--calibration", str(project.texts)]
+    )
+    assert done.exit_code == 2
+    assert state(project.folder) == before
+
+
+def test_hash_is_taken_from_the_cache_only_while_the_file_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("F2RT_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "file"
+    file.write_bytes(b"one")
+    first = cached_sha256(file)
+    assert first == sha256_file(file)
+    assert not (tmp_path / "cache").exists()  # too young: its times could not show another change
+    monkeypatch.setattr(cache, "_SETTLED_NS", -(10**18))
+    cached_sha256(file)
+    (entry,) = (tmp_path / "cache/hashes").iterdir()
+    entry.write_bytes(entry.read_bytes().replace(first.encode(), b"f" * 64))
+    seen: list[int] = []
+    assert cached_sha256(file, seen.append) == "f" * 64  # it is read from there
+    assert seen == [3]
+    flip(file)  # same size, same time of last change
+    assert cached_sha256(file) == sha256_file(file) != first
+    entry.write_bytes(b"damaged")
+    assert cached_sha256(file) == sha256_file(file)
+    # A cache that cannot be written costs time and nothing else.
+    monkeypatch.setenv("F2RT_CACHE", str(file))
+    assert cached_sha256(file) == sha256_file(file)
