@@ -26,6 +26,7 @@ from export.config import EncoderConfig
 from export.encoder import build_encoder, rotary_tables
 from export.external_data import DataLayout, Shift, write
 from export.hub import locate
+from export.int8 import QuantizationPlan
 from export.precision import Precision
 from export.profiles import Profile
 from export.rescale import RescalePlan
@@ -319,12 +320,21 @@ def test_bytes_of_a_graph_are_those_of_the_recorded_format(tmp_path: Path) -> No
     up, down = "layers.0.mlp.up_proj.weight", "layers.0.mlp.down_proj.weight"
     exponents = np.arange(48) % 5 - 2
     plan = RescalePlan({up: Shift(rows=-exponents), down: Shift(columns=exponents)})
+    shapes = checkpoint.config.weight_shapes()
+    scales = {n: np.full(shape[0], 2.0**-9, np.float32) for n, shape in shapes.items() if n.endswith("_proj.weight")}
+    quantization = QuantizationPlan(plan, {"layers.0.input_layernorm": 0.125}, scales)
     found = {}
     for precision in Precision:
         layout = DataLayout("x")
-        build_encoder(checkpoint.config, layout, producer_version="", precision=precision, plan=plan)
+        int8 = quantization if precision is Precision.INT8 else None
+        build_encoder(checkpoint.config, layout, producer_version="", precision=precision, plan=plan, quantization=int8)
         found[precision.value] = write(layout, checkpoint.weights, tmp_path / "x", lambda count: None)[:16]
-    assert found == {"fp32": "6f55cbb79e00d017", "fp16": "40ab877a14aee17e", "bf16": "7f6ad3f9642e1e90"}
+    assert found == {
+        "fp32": "6f55cbb79e00d017",
+        "fp16": "40ab877a14aee17e",
+        "bf16": "7f6ad3f9642e1e90",
+        "int8": "3b332bddd9d626e7",
+    }
 
 
 def test_reasons_in_words() -> None:
