@@ -12,6 +12,8 @@ from pathlib import Path
 import runtime
 from export.builder import MODULES, Progress, build_engine, library_version
 from export.cache import cached_sha256
+from export.changes import UNCHANGED, damage
+from export.lock import Wait, bundle_lock
 from export.precision import Precision
 from export.profiles import Profile
 from runtime.bundle import (
@@ -22,7 +24,7 @@ from runtime.bundle import (
     open_bundle,
     write_manifest,
 )
-from runtime.errors import InputError
+from runtime.errors import BundleError, InputError
 from runtime.files import write_atomic
 
 
@@ -43,13 +45,26 @@ def add_engine(
     *,
     target: str | None = None,
     progress: Progress = lambda label, done, total: None,
+    wait: Wait = Wait(),
 ) -> Outcome:
     """Build the engine of one backend, precision and target, unless the bundle has it from the same inputs.
 
-    Raises InputError, NotFoundError for a graph the bundle lacks, MissingExtraError, EngineError or OutputError; the
-    bundle is then unchanged.
+    Raises InputError, NotFoundError for a graph the bundle lacks, BundleError for one that was changed,
+    MissingExtraError, EngineError or OutputError; the bundle is then unchanged.
     """
-    bundle = open_bundle(folder)
+    open_bundle(folder)  # where there is no bundle there is nothing to lock
+    with bundle_lock(folder, "f2rt build", wait):
+        return _add_engine(open_bundle(folder), backend, precision, profiles, target, progress)
+
+
+def _add_engine(
+    bundle: Bundle,
+    backend: str,
+    precision: Precision,
+    profiles: tuple[Profile, ...],
+    target: str | None,
+    progress: Progress,
+) -> Outcome:
     if backend not in MODULES:
         raise InputError(f"there is no builder {backend!r}.", cure=f"Choose one of: {', '.join(MODULES)}.")
     graph = bundle.graph(precision)
@@ -58,7 +73,10 @@ def add_engine(
     old = _find(bundle, f"{backend}:{precision}", target)
     reason = _stale(bundle, old, graph, backend, version, wanted)
     if old is not None and reason is None:
-        return Outcome(old, False, "nothing it depends on has changed")
+        return Outcome(old, False, UNCHANGED)
+    problem = damage(bundle, graph.files)
+    if problem:
+        raise BundleError(f"{bundle.folder}: {problem} after the export.", cure="Export the checkpoint again.")
     built = build_engine(bundle.path(graph.model.file), backend, precision, profiles, target=target, progress=progress)
     file = f"engines/{backend}/{precision}-{built.target}.engine"
     write_atomic(bundle.path(file), built.data)
@@ -78,7 +96,7 @@ def add_engine(
         graph_sha256=graph.key,
     )
     others = [e for e in bundle.manifest.engines if (e.name, e.target) != (record.name, record.target)]
-    write_manifest(folder, replace(bundle.manifest, engines=[*others, record]))
+    write_manifest(bundle.folder, replace(bundle.manifest, engines=[*others, record]))
     return Outcome(record, True, reason or "the bundle had none")
 
 

@@ -30,6 +30,7 @@ from export.checkpoint import Checkpoint
 from export.conventions import TOKENIZER
 from export.encoder import OPSET, build_encoder
 from export.external_data import DataLayout, write
+from export.lock import Wait, bundle_lock
 from export.precision import Precision
 from export.probe import probe
 from export.rescale import RescalePlan, plan_rescaling
@@ -77,6 +78,7 @@ def export_bundle(
     calibration: Sequence[Text] | None = None,
     force: bool = False,
     tell: Callable[[str], None] = lambda line: None,
+    wait: Wait = Wait(),
 ) -> Bundle:
     """Make the bundle at `folder` one of this checkpoint with these precisions, and no others, in one step.
 
@@ -88,7 +90,21 @@ def export_bundle(
     something that is not a bundle. Until the last moment the old bundle is untouched.
     """
     _check_target(folder)
-    precisions = sorted(set(precisions), key=list(Precision).index)
+    with bundle_lock(folder, "f2rt export", wait):
+        precisions = sorted(set(precisions), key=list(Precision).index)
+        return _export(checkpoint, folder, precisions, progress, calibration, force, tell)
+
+
+def _export(
+    checkpoint: Checkpoint,
+    folder: Path,
+    precisions: list[Precision],
+    progress: Progress,
+    calibration: Sequence[Text] | None,
+    force: bool,
+    tell: Callable[[str], None],
+) -> Bundle:
+    _check_target(folder)
     old, otherwise = find_old(folder, force=force)
     texts = calibration_texts() if calibration is None and precisions != [Precision.FP32] else calibration or []
     advance = _advance(progress, _bytes_to_hash(checkpoint, old))
