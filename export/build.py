@@ -21,6 +21,8 @@ from export.builder import (
 )
 from export.builder_callbacks import Progress
 from export.cache import cached_sha256
+from export.changes import UNCHANGED, damage
+from export.lock import Wait, bundle_lock
 from export.profiles import Profile
 from runtime.bundle import (
     Bundle,
@@ -30,7 +32,7 @@ from runtime.bundle import (
     open_bundle,
     write_manifest,
 )
-from runtime.errors import EngineError, InputError
+from runtime.errors import BundleError, EngineError, InputError
 
 ONNXRUNTIME_CUDA = "onnxruntime-cuda"
 
@@ -54,15 +56,29 @@ def add_engine(
     *,
     target: str | None = None,
     progress: Progress = lambda label, done, total: None,
+    wait: Wait = Wait(),
 ) -> Outcome:
     """Build the engine of one backend, precision and target, unless the bundle has it from the same inputs.
 
     Without a target it is for the GPU of this machine. Raises InputError, NotFoundError for a graph the bundle lacks,
-    MissingExtraError, EngineError or OutputError; the bundle is then unchanged.
+    BundleError for one that was changed, MissingExtraError, EngineError or OutputError; the bundle is then unchanged.
     """
-    bundle = open_bundle(folder)
-    if backend == ONNXRUNTIME_CUDA:
-        return _add_onnxruntime_cuda(bundle, precision, target)
+    open_bundle(folder)  # where there is no bundle there is nothing to lock
+    with bundle_lock(folder, "f2rt build", wait):
+        bundle = open_bundle(folder)
+        if backend == ONNXRUNTIME_CUDA:
+            return _add_onnxruntime_cuda(bundle, precision, target)
+        return _add_engine(bundle, backend, precision, profiles, target, progress)
+
+
+def _add_engine(
+    bundle: Bundle,
+    backend: str,
+    precision: str,
+    profiles: Sequence[Profile],
+    target: str | None,
+    progress: Progress,
+) -> Outcome:
     _refuse_foreign(bundle, backend, precision)
     check_backend(backend, precision)
     graph = bundle.graph(precision)
@@ -72,7 +88,10 @@ def add_engine(
     old = _find(bundle, f"{backend}:{precision}", place.name)
     reason = _stale(bundle, old, graph, backend, version, profiles)
     if old is not None and reason is None:
-        return Outcome(old, False, "nothing it depends on has changed")
+        return Outcome(old, False, UNCHANGED)
+    problem = damage(bundle, graph.files)
+    if problem:
+        raise BundleError(f"{bundle.folder}: {problem} after the export.", cure="Export the checkpoint again.")
     try:
         record = _build(bundle, graph, backend, profiles, place, progress)
     except EngineError as error:

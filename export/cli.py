@@ -13,12 +13,20 @@ from typing import Annotated
 
 import typer
 
+from export.lock import WAIT_S, Wait
 from runtime import console
 from runtime.cli import app
 from runtime.errors import missing_extra
 
 BundleOption = Annotated[
     Path, typer.Option("--out", help="The bundle's folder; what is in a bundle there and still holds is kept.")
+]
+
+WaitOption = Annotated[
+    float,
+    typer.Option(
+        "--wait", min=0, envvar="F2RT_WAIT", help="Seconds to wait for another f2rt that is changing this bundle."
+    ),
 ]
 
 
@@ -53,6 +61,7 @@ def export_command(
         typer.Option(help="Take this feature-extraction graph (a folder of Optimum's, or an .onnx file) and not ours."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Write everything again, whatever has changed.")] = False,
+    wait: WaitOption = WAIT_S,
 ) -> None:
     """Turn a checkpoint into a bundle: ONNX graphs with pooling inside. Prove it with `f2rt parity`.
 
@@ -98,6 +107,7 @@ def export_command(
                 foreign=given,
                 force=force,
                 tell=lines.append,
+                wait=Wait(wait, bars.say),
             )
         contract = bundle.manifest.contract
         screen.print(
@@ -122,6 +132,7 @@ def build_command(
     precision: Annotated[str, typer.Option(help="Comma-separated: fp16, bf16.")] = "fp16",
     target: Annotated[str | None, typer.Option(help="Comma-separated: sm80, sm89, ...; default: this GPU.")] = None,
     profile: Annotated[str, typer.Option(help="latency, throughput, or buckets such as 1x64,8x256.")] = "latency",
+    wait: WaitOption = WAIT_S,
 ) -> None:
     """Compile engines from a bundle's graphs, or record them where nothing is compiled. Without a GPU, name targets."""
     with console.readable_errors(), _export_extra():
@@ -135,7 +146,8 @@ def build_command(
         for wanted in parse_precisions(precision):
             for gpu in [part.strip() for part in target.split(",")] if target else [None]:
                 with console.bars() as bars:
-                    done = add_engine(bundle, backend, wanted, profiles, target=gpu, progress=bars.update)
+                    turn = Wait(wait, bars.say)
+                    done = add_engine(bundle, backend, wanted, profiles, target=gpu, progress=bars.update, wait=turn)
                 verb = "built" if done.built else "kept"
                 screen.print(f"{verb} {bundle / done.record.file}: {done.reason}", markup=False)
 
@@ -148,6 +160,7 @@ def parity_command(
     model: Annotated[str | None, typer.Option(help="Where the checkpoint lies, if it was moved.")] = None,
     report_dir: Annotated[Path | None, typer.Option(help="Also write report.json here.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Compare again what has a verdict that still stands.")] = False,
+    wait: WaitOption = WAIT_S,
 ) -> None:
     """Compare every engine of a bundle with PyTorch. Exit status: 0 pass, 1 below a limit, 2 could not check.
 
@@ -170,6 +183,7 @@ def parity_command(
                 force=force,
                 progress=bars.update,
                 tell=lines.append,
+                wait=Wait(wait, bars.say),
             )
         screen = console.out()
         for line in lines:

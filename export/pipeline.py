@@ -7,7 +7,7 @@ import importlib.metadata
 import platform
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import runtime
@@ -27,6 +27,7 @@ from export.checkpoint import Checkpoint
 from export.conventions import TOKENIZER
 from export.foreign import ForeignGraph
 from export.graphs import Progress, Step, adopt_graph, write_graphs
+from export.lock import Wait, bundle_lock
 from export.precision import Precision
 from export.quantize import DEFAULT_BUDGET, check_budget
 from runtime.bundle import (
@@ -61,6 +62,7 @@ def export_bundle(
     foreign: ForeignGraph | None = None,
     force: bool = False,
     tell: Callable[[str], None] = lambda line: None,
+    wait: Wait = Wait(),
 ) -> Bundle:
     """Make the bundle at `folder` one of this checkpoint with these precisions, and no others, in one step.
 
@@ -76,12 +78,33 @@ def export_bundle(
     _check_target(folder)
     check_budget(int8_budget)
     precisions = sorted(set(precisions), key=list(Precision).index)
-    old, otherwise = find_old(folder, force=force)
+    request = _Request(precisions, calibration, int8_budget, foreign, force)
+    with bundle_lock(folder, "f2rt export", wait):
+        return _export(checkpoint, folder, request, progress, tell)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What was asked for besides the checkpoint."""
+
+    precisions: list[Precision]
+    calibration: Sequence[Text] | None
+    int8_budget: float
+    foreign: ForeignGraph | None
+    force: bool
+
+
+def _export(
+    checkpoint: Checkpoint, folder: Path, request: _Request, progress: Progress, tell: Callable[[str], None]
+) -> Bundle:
+    _check_target(folder)
+    precisions, calibration, foreign = request.precisions, request.calibration, request.foreign
+    old, otherwise = find_old(folder, force=request.force)
     texts = calibration_texts() if calibration is None and precisions != [Precision.FP32] else calibration or []
     advance = _advance(progress, _bytes_to_hash(checkpoint, old))
     source = checkpoint.source(lambda path: cached_sha256(path, advance))
     if foreign is None:
-        inputs = {p: graph_inputs(checkpoint, source, p, texts, int8_budget) for p in precisions}
+        inputs = {p: graph_inputs(checkpoint, source, p, texts, request.int8_budget) for p in precisions}
         decisions = [decide(old, p, inputs[p], otherwise, advance) for p in precisions]
     else:
         decisions = [Decision(foreign.precision, {}, None, "it was given with --from-onnx")]
@@ -98,7 +121,7 @@ def export_bundle(
             carry(old, [f.file for g in kept for f in g.files], staging)
         if foreign is None:
             already = {g.precision: g for g in kept}
-            graphs = write_graphs(checkpoint, staging, precisions, progress, texts, already, int8_budget)
+            graphs = write_graphs(checkpoint, staging, precisions, progress, texts, already, request.int8_budget)
         else:
             graphs = [adopt_graph(checkpoint, foreign, staging, progress)]
         graphs = [replace(g, inputs=d.inputs) for g, d in zip(graphs, decisions, strict=True)]

@@ -18,6 +18,7 @@ from export.cache import cached_sha256
 from export.changes import damage
 from export.checkpoint import reference_files
 from export.hub import Location, locate
+from export.lock import Wait, bundle_lock
 from export.parity import check_bundle
 from export.recorded import RecordedReference
 from export.report import EngineReport, ParityReport, to_json
@@ -50,6 +51,7 @@ def prove_bundle(
     force: bool = False,
     progress: Progress = lambda label, done, total: None,
     tell: Callable[[str], None] = lambda line: None,
+    wait: Wait = Wait(),
 ) -> ParityReport:
     """Compare the engines of a bundle with PyTorch and record golden vectors, report and verdicts.
 
@@ -60,10 +62,26 @@ def prove_bundle(
     Raises BundleError, CheckpointError, NotFoundError, InputError or OutputError. A bundle is never left broken; when
     the disk fills while new golden vectors are recorded it may be left unproven, and the runtime then refuses it.
     """
-    start = time.perf_counter()
-    bundle = open_bundle(folder)
+    open_bundle(folder)  # where there is no bundle there is nothing to lock
     if not texts:
         raise InputError("there are no texts to compare on.", cure="Give a file with at least one text.")
+    with bundle_lock(folder, "f2rt parity", wait):
+        report = _prove(open_bundle(folder), texts, engine_names, model, force, progress, tell)
+    if report_dir is not None:
+        write_atomic(report_dir / Path(REPORT).name, to_json(report))
+    return report
+
+
+def _prove(
+    bundle: Bundle,
+    texts: Sequence[Text],
+    engine_names: Sequence[str] | None,
+    model: str | None,
+    force: bool,
+    progress: Progress,
+    tell: Callable[[str], None],
+) -> ParityReport:
+    start = time.perf_counter()
     asked = bundle.manifest.engines if engine_names is None else [bundle.engine(n) for n in engine_names]
     require_intact(bundle, asked)
     location = source_location(bundle, model) if model is not None else None
@@ -83,8 +101,6 @@ def prove_bundle(
     report = _merged(bundle, replace(report, duration_s=round(time.perf_counter() - start, 3)), old, found, len(texts))
     if vectors is not None or any(not e.kept for e in found.values()):
         record(bundle, report, vectors)
-    if report_dir is not None:
-        write_atomic(report_dir / Path(REPORT).name, to_json(report))
     return report
 
 

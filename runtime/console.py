@@ -33,6 +33,10 @@ class Bars:
             self._tasks[label] = self._progress.add_task(label, total=total)
         self._progress.update(self._tasks[label], completed=done, total=total)
 
+    def say(self, message: str) -> None:
+        """Print a line above the bars, also where none are drawn."""
+        self._progress.console.print(Text(message), soft_wrap=True)
+
 
 @contextlib.contextmanager
 def bars() -> Iterator[Bars]:

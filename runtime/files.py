@@ -134,7 +134,7 @@ def _locked_folder(target: Path) -> tuple[Path, int]:
     while True:
         staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.staging-"))
         staging.chmod(0o755)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(FileNotFoundError):
             lock = os.open(staging, os.O_RDONLY)
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

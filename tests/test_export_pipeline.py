@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +14,7 @@ from export.precision import Precision, parse_precisions
 from runtime.bundle import Bundle, bundle_files, check_hash, open_bundle
 from runtime.errors import InputError, OutputError
 from tests import killing
+from tests.mounting import in_small_file_system
 
 ROOT = Path(__file__).parent.parent
 
@@ -100,23 +97,6 @@ def test_folder_that_is_not_a_bundle_is_never_replaced(checkpoint: Checkpoint, t
     file.write_text("x")
     with pytest.raises(OutputError, match="is not a folder"):
         export_bundle(checkpoint, file, [Precision.FP32])
-
-
-def in_small_file_system(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run a shell script in a mount namespace of its own; `$D` is where it may mount."""
-    unshare = shutil.which("unshare")
-    probe = [unshare or "unshare", "-rm", "mount", "-t", "tmpfs", "none", str(folder)]
-    if unshare is None or subprocess.run(probe, capture_output=True, check=False).returncode != 0:
-        pytest.skip("this machine lets no test mount a file system of its own (unshare -rm)")
-    f2rt = f"{sys.executable} -c 'from export.cli import main; main()'"
-    return subprocess.run(
-        [unshare, "-rm", "sh", "-c", script],
-        cwd=ROOT,
-        env={**os.environ, "D": str(folder), "F2RT": f2rt},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 def test_full_disk(tmp_path: Path) -> None:
