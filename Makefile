@@ -60,8 +60,9 @@ comma_list = $(subst $(SPACE),$(COMMA),$(strip $(1)))
 engine: setup  ## MODEL -> BUNDLE: export, compile, prove every engine against PyTorch
 	$(BIN)/f2rt export $(MODEL) --out $(BUNDLE) --precision $(call comma_list,$(PRECISIONS))
 	@set -e; for backend in $(COMPILERS); do \
+	  case $$backend in tensorrt) targets= ;; *) targets="--target $(call comma_list,$(TARGETS))" ;; esac; \
 	  $(BIN)/f2rt build $(BUNDLE) --backend $$backend --precision $(call comma_list,$(COMPILED)) \
-	    --target $(call comma_list,$(TARGETS)) --profile $(PROFILE); \
+	    $$targets --profile $(PROFILE); \
 	done
 	$(BIN)/f2rt parity $(BUNDLE)
 

@@ -39,8 +39,10 @@ _SHORT = {"float16": "fp16", "bfloat16": "bf16"}
 _LEAST_SHARE_S = 60.0
 _GRACE_S = 30.0  # beyond its share, before a contestant is ended
 
+# Torch may be there without CUDA, or not at all: the device is asked in both ways.
 PROBE = """
 import json
+facts = {}
 try:
     import torch
     facts = {"torch": torch.__version__, "cuda": torch.version.cuda}
@@ -49,11 +51,16 @@ try:
         facts |= {"gpu": p.name, "sm": f"sm{p.major}{p.minor}", "memory_gb": round(p.total_memory / 1e9, 1)}
 except ImportError:
     facts = {"torch": None}
-    from cuda.bindings import runtime
-    error, count = runtime.cudaGetDeviceCount()
-    if int(error) == 0 and count:
-        p = runtime.cudaGetDeviceProperties(0)[1]
-        facts |= {"gpu": bytes(p.name).split(b"\\0")[0].decode(), "sm": f"sm{p.major}{p.minor}"}
+if "gpu" not in facts:
+    try:
+        from cuda.bindings import runtime
+        error, count = runtime.cudaGetDeviceCount()
+        if int(error) == 0 and count:
+            p = runtime.cudaGetDeviceProperties(0)[1]
+            name = bytes(p.name).split(b"\\0")[0].decode()
+            facts |= {"gpu": name, "sm": f"sm{p.major}{p.minor}", "memory_gb": round(p.totalGlobalMem / 1e9, 1)}
+    except ImportError:
+        pass
 print(json.dumps(facts))
 """
 

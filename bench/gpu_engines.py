@@ -94,6 +94,8 @@ def agreement(size: str, checkpoint: Path, ids: NDArray[np.int64], vectors: NDAr
     from runtime.golden import row_cosines
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and size == "4B":
+        return {"check": "agreement", "skipped": "torch in float32 on CPU would take 16 GB and minutes"}
     expected = runner(load(SIZES[size], torch.float32, device, checkpoint), device, "eager")(ids)
     return {"check": "agreement", "min_cosine": float(row_cosines(vectors, expected).min()), "texts": len(ids)}
 

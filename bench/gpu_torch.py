@@ -236,6 +236,9 @@ def measure(size: str, dtype: str, mode: str, device: str, seconds: float) -> It
     shape = SIZES[size]
     end = time.perf_counter() + seconds
     needed = 2 * shape.parameters * 1.3
+    if device == "cuda" and not torch.cuda.is_available():
+        yield {"skipped": f"torch {torch.__version__} cannot use CUDA here"}
+        return
     if device == "cuda":
         free, _ = torch.cuda.mem_get_info()
         if needed > free:

@@ -141,6 +141,14 @@ class Embedder:
             )
 
     def _check_tokens(self, items: list[TokenizedText]) -> list[TokenizedText]:
+        longest = self.loaded.engine.max_tokens
+        for index, item in enumerate(items):
+            if longest is not None and len(item.ids) > longest:
+                raise InputError(
+                    f"item {index} has {len(item.ids)} tokens; the engine {self.loaded.engine.name} was built for at "
+                    f"most {longest}.",
+                    cure="Shorten the text, or build the engine with a longer profile.",
+                )
         total = sum(len(item.ids) for item in items)
         if total > self.limits.max_request_tokens:
             raise InputError(

@@ -118,6 +118,12 @@ def test_torch_is_timed_shape_by_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [line["skipped"] for line in over] == ["out of time"] * 3
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch has CUDA here")
+def test_torch_without_cuda_is_one_line_with_the_reason() -> None:
+    (line,) = gpu_torch.measure("4B", "float16", "eager", "cuda", 60.0)
+    assert "cannot use CUDA here" in line["skipped"]
+
+
 def test_clock_counts_from_host_to_host() -> None:
     calls = 0
 

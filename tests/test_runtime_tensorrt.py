@@ -27,6 +27,7 @@ from export.report import print_report
 from runtime import golden
 from runtime.batch import Batch, make_batch
 from runtime.bundle import Bundle, EngineRecord, engine_fingerprint, open_bundle, write_manifest
+from runtime.embedder import open_embedder
 from runtime.engines import tensorrt
 from runtime.engines.buckets import Bucket, split
 from runtime.engines.cuda import CudaRuntime, Device
@@ -649,6 +650,18 @@ def test_loading_proves_the_engine_on_the_golden_texts(bundle_copy: Bundle, devi
     vectors = loaded.engine.run(make_batch(expected.ids, added.manifest.contract.pad_id))
     assert row_cosines(vectors, expected.embeddings).min() > 0.99999
     loaded.engine.close()
+
+
+def test_text_longer_than_the_engine_is_a_bad_request(
+    bundle_copy: Bundle, device: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never cut in silence: the request is refused with the item, the limit and the cure, and the rest is answered."""
+    monkeypatch.setitem(globals(), "PROFILES", [(4, 200)])
+    embedder = open_embedder(add_engine(bundle_copy, "tensorrt", "sm89"), "tensorrt:fp32")
+    assert embedder.embed(["short", "word " * 100]).vectors.shape == (2, DIM)
+    with pytest.raises(InputError, match=r"item 1 has \d+ tokens; the engine tensorrt:fp32 was built for at most 200"):
+        embedder.embed(["short", "word " * 300])
+    embedder.close()
 
 
 def test_auto_on_a_machine_without_gpu_serves_from_cpu(bundle_copy: Bundle, no_gpu: CudaRuntime) -> None:

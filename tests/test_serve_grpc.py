@@ -699,6 +699,7 @@ class HeldEngine:
 
     def __init__(self, engine: Engine, *, permits: int = 0) -> None:
         self.name, self.precision, self.fingerprint = engine.name, engine.precision, engine.fingerprint
+        self.max_tokens = engine.max_tokens
         self._engine = engine
         self._permits = threading.Semaphore(permits)
         self.begun: list[int] = []  # the first id of each batch

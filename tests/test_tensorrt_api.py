@@ -115,7 +115,16 @@ def check(folder: Path, stubs: dict[str, str], files: list[str]) -> tuple[int, s
         f"follow_imports = silent\nignore_missing_imports = True\ndisable_error_code = import-untyped\n{silent}"
     )
     done = subprocess.run(
-        [sys.executable, "-m", "mypy", "--config-file", str(config), "--cache-dir", str(folder / "cache"), *files],
+        [
+            sys.executable,
+            "-m",
+            "mypy",
+            "--config-file",
+            str(config),
+            "--cache-dir",
+            str(folder.parent / "cache"),
+            *files,
+        ],
         cwd=ROOT,
         env=os.environ | {"MYPYPATH": f"{folder}:{ROOT}"},
         capture_output=True,
