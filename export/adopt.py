@@ -8,6 +8,7 @@ are made inside. The encoder's own nodes and weights stay as they are; weights a
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -201,7 +202,7 @@ def _write_data(foreign: ForeignGraph, path: Path, advance: Advance) -> str:
             if tensor.nbytes < _KEPT_INSIDE_BYTES and not isinstance(tensor, ir.ExternalTensor):
                 continue
             offset = -(-end // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-            for chunk in (bytes(offset - end), *_chunks(foreign.path.parent, tensor)):
+            for chunk in itertools.chain([bytes(offset - end)], _chunks(foreign.path.parent, tensor)):
                 file.write(chunk)
                 digest.update(chunk)
                 advance(len(chunk))
@@ -273,7 +274,8 @@ def _session(source: Path, graph: Path) -> onnxruntime.InferenceSession:
         return onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the library's exceptions share no base class
         raise InputError(
-            f"ONNX Runtime cannot load {source} with pooling added: {_first_line(error)}", cure="Export it again."
+            f"ONNX Runtime cannot load {source} with pooling added: {_first_line(error)}.",
+            cure="Export it again, or free some memory if that is what it lacks.",
         ) from error
 
 
