@@ -77,6 +77,7 @@ def check_bundle(
         created_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         bundle_fingerprint=bundle.manifest.fingerprint,
         source=bundle.manifest.source,
+        graphs=bundle.manifest.graphs,
         coverage=coverage_of(samples, contract, missing_prompts),
         tokenizer_mismatches=mismatches,
         engines=engines,

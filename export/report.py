@@ -10,10 +10,10 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text as Line
 
-from runtime.bundle import Source, Verdict
+from runtime.bundle import GraphRecord, Source, Verdict
 from runtime.tolerances import Tolerance
 
-REPORT_SCHEMA_VERSION = 1
+REPORT_SCHEMA_VERSION = 2
 _COLOURS = {"pass": "green", "fail": "red", "not_executed": "yellow"}
 
 
@@ -106,13 +106,17 @@ class Coverage:
 
 @dataclass(frozen=True)
 class ParityReport:
-    """The content of report.json. `verdict` is that of the engines asked for in the last run, `engines` holds all."""
+    """The content of report.json. `verdict` is that of the engines asked for in the last run, `engines` holds all.
+
+    `graphs` says how each graph was made: what was rescaled, smoothed and left out, and why.
+    """
 
     schema_version: int
     verdict: Verdict
     created_at: str
     bundle_fingerprint: str
     source: Source
+    graphs: list[GraphRecord]
     coverage: Coverage
     tokenizer_mismatches: list[TokenMismatch]
     engines: list[EngineReport]
@@ -139,9 +143,31 @@ def print_report(report: ParityReport, console: Console) -> None:
         console.print(f"[red]tokenizer[/]: {mismatch.id}: {mismatch.explanation}", highlight=False)
     if len(report.tokenizer_mismatches) > 5:
         console.print(f"[red]tokenizer[/]: … and {len(report.tokenizer_mismatches) - 5} more texts")
+    for graph in report.graphs:
+        for line in describe_graph(graph):
+            console.print(line, markup=False, highlight=False)
     for engine in report.engines:
         console.print(_engine(engine))
     console.print(_stamp(report.verdict), f"in {report.duration_s:.1f} s")
+
+
+def describe_graph(graph: GraphRecord) -> list[str]:
+    """Return a line for what was rescaled, and one for what INT8 rounds and what it leaves; none for a plain graph."""
+    lines = []
+    if graph.rescaling:
+        first = graph.rescaling[0]
+        lines.append(
+            f"{graph.precision}: {len(graph.rescaling)} tensors rescaled by powers of two, the first {first.tensor} "
+            f"(2^{first.largest_exponent}: {first.reason})"
+        )
+    if graph.quantization is not None:
+        q = graph.quantization
+        left = ", ".join(f"{x.tensor} ({x.impact:.0e})" for x in q.excluded) or "nothing"
+        lines.append(
+            f"{graph.precision}: {q.int8_share:.1%} of the matrix work multiplies in INT8 (at least {q.budget:.0%}); "
+            f"left out, by what rounding does to the layer: {left}"
+        )
+    return lines
 
 
 def _stamp(verdict: Verdict) -> Line:

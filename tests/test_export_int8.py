@@ -28,6 +28,7 @@ from export.int8 import groups, round_rows, row_scales, search
 from export.pipeline import export_bundle
 from export.precision import Precision
 from export.quantize import fold
+from export.report import describe_graph
 from export.sensitivity import exclusions
 from export.weights import to_float32
 from runtime.batch import make_batch
@@ -372,3 +373,11 @@ def test_search_without_rows_is_an_error(made: dict[str, Bundle]) -> None:
     group = groups(checkpoint.config)[0]
     with pytest.raises(InputError, match="no rows of layers"):
         search(group, checkpoint.config, Statistics({}, 0), lambda name: to_float32(checkpoint.weights.read(name)))
+
+
+def test_report_says_what_was_left_out(made: dict[str, Bundle]) -> None:
+    (line,) = describe_graph(made["hard"].graph("int8"))
+    assert "of the matrix work multiplies in INT8 (at least 90%)" in line
+    assert "mlp.gated (" in line
+    rescaled = describe_graph(made["everything"].graph("int8"))
+    assert "rescaled by powers of two" in rescaled[0]
