@@ -35,6 +35,7 @@ RANGE_PERCENTILES = (99.99, 99.9)
 _WORST_ROW_WEIGHT = 0.05
 # Smoothed inputs end here: far from float16's limits on either side.
 _TARGET = 16.0
+_NOTHING = 1e-30  # magnitudes up to here count as zero
 _LEAST_ROWS, _MOST_ROWS = 128, 1024
 _ROW_PRODUCTS = 4e9  # multiplications one candidate may take
 
@@ -141,12 +142,12 @@ class _Trial:
         self._statistics = statistics
         self._matrices = matrices
         self._rows = _choose_rows(statistics.rows(group.input), sum(m.size for m in matrices))
-        self._largest = np.maximum(self._tied(statistics.absmax(group.input)), np.float32(1e-30))
+        self._largest = np.maximum(self._tied(statistics.absmax(group.input)), np.float32(_NOTHING))
         self._columns = self._tied(np.max([np.abs(m).max(axis=0) for m in matrices], axis=0))
         products = [self._rows.sampled @ m.T for m in matrices], [self._rows.peaks @ m.T for m in matrices]
         self._products = products
         # A row's error counts against its own length and the usual one: neither vast nor tiny rows rule.
-        usual = [float((p * p).sum(axis=1).mean()) for p in products[0]]
+        usual = [max(float((p * p).sum(axis=1).mean()), _NOTHING) for p in products[0]]
         self._norms = [[(p * p).sum(axis=1) + u for p, u in zip(part, usual, strict=True)] for part in products]
         self._rounded: tuple[float | None, list[NDArray[np.float32]]] | None = None
 
@@ -171,7 +172,7 @@ class _Trial:
     def percentile_ratio(self, factors: Vector, percentile: float) -> float:
         """Return the percentile of all smoothed magnitudes as a part of the largest."""
         value = float(np.percentile(np.abs(self._rows.sampled / factors), percentile))
-        return max(value, 1e-30) / float((self._largest / factors).max())
+        return max(value, _NOTHING) / float((self._largest / factors).max())
 
     def normalized(self, grid: Grid) -> Grid:
         """Multiply the factors by a power of two so that the smoothed input, and its producer, end near `_TARGET`.
@@ -180,11 +181,14 @@ class _Trial:
         """
         exponent = self._normalizer(grid)
         factors = np.ldexp(grid.factors, exponent).astype(np.float32)
-        scale = None if grid.scale is None else float(np.float16(np.ldexp(grid.scale, -exponent)))
+        smallest = float(np.finfo(np.float16).smallest_normal)
+        scale = None if grid.scale is None else max(float(np.float16(np.ldexp(grid.scale, -exponent))), smallest)
         return dataclasses.replace(grid, factors=factors, scale=scale)
 
     def _normalizer(self, grid: Grid) -> int:
         largest = float((self._largest / grid.factors).max())
+        if largest <= _NOTHING:  # a dead layer: whatever it is multiplied with stays zero
+            return 0
         exponent = int(np.ceil(np.log2(largest / _TARGET)))
         # What attention averages, and what the gate multiplies, may be larger than the result.
         name = self._group.input
@@ -193,15 +197,15 @@ class _Trial:
         if producer is not None:
             factors = kv_channels(grid.factors, self._config) if name.endswith("self_attn") else grid.factors
             made = float((self._statistics.absmax(producer) / factors).max())
-            exponent = max(exponent, int(np.ceil(np.log2(max(made, 1e-30) / ACTIVATION_LIMIT))))
+            exponent = max(exponent, int(np.ceil(np.log2(max(made, _NOTHING) / ACTIVATION_LIMIT))))
         return exponent
 
     def _factors(self, alpha: float | None) -> Vector:
         if alpha is None:
             return np.ones_like(self._largest)
-        columns = np.maximum(self._columns, np.float32(1e-30))
+        columns = np.maximum(self._columns, np.float32(_NOTHING))
         logs = alpha * np.log2(self._largest.astype(np.float64)) - (1 - alpha) * np.log2(columns.astype(np.float64))
-        seen = (self._largest > 1e-30) & (self._columns > 0)
+        seen = (self._largest > _NOTHING) & (self._columns > 0)
         centre = float(np.median(logs[seen])) if seen.any() else 0.0
         # A channel that is never seen, or never read, has no say.
         return np.exp2(np.where(seen, np.clip(logs - centre, -24, 24), 0.0)).astype(np.float32)
@@ -257,7 +261,7 @@ def row_scales(largest: Vector) -> Vector:
 
 def round_rows(matrix: NDArray[np.float32]) -> NDArray[np.float32]:
     """Round a matrix [out, in] to INT8 with a scale per row, and widen it again."""
-    scales = np.maximum(np.abs(matrix).max(axis=1, keepdims=True) / np.float32(LARGEST), np.float32(1e-30))
+    scales = np.maximum(np.abs(matrix).max(axis=1, keepdims=True) / np.float32(LARGEST), np.float32(_NOTHING))
     rounded: NDArray[np.float32] = np.rint(matrix / scales) * scales
     return rounded
 

@@ -76,7 +76,7 @@ def exclusions(impact: dict[str, float], work: dict[str, float], budget: float) 
     room = (1 - budget) * total_work
     chosen = []
     for name in sorted(impact, key=lambda n: impact[n] / work[n], reverse=True):
-        if impact[name] * total_work < WORTH * work[name] * total_impact:
+        if impact[name] == 0 or impact[name] * total_work < WORTH * work[name] * total_impact:
             break
         if work[name] <= room:
             room -= work[name]

@@ -375,6 +375,23 @@ def test_search_without_rows_is_an_error(made: dict[str, Bundle]) -> None:
         search(group, checkpoint.config, Statistics({}, 0), lambda name: to_float32(checkpoint.weights.read(name)))
 
 
+def test_a_dead_layer_is_no_trouble(mini_copy: Path, tmp_path: Path) -> None:
+    """Pruned: a norm of zeros makes every input after it zero."""
+    from safetensors.numpy import load_file, save_file
+
+    path = mini_copy / "model.safetensors"
+    tensors = {k: np.array(v) for k, v in load_file(path).items()}
+    tensors["layers.2.post_attention_layernorm.weight"][:] = 0
+    save_file(tensors, path, metadata={"format": "pt"})
+    checkpoint = Checkpoint.open(locate(str(mini_copy)))
+    precisions = [Precision.FP32, Precision.INT8]
+    bundle = export_bundle(checkpoint, tmp_path / "b", precisions, calibration=CALIBRATION[::8])
+    sequences, pad = token_ids(bundle, 40), bundle.manifest.contract.pad_id
+    expected = embed(engine_on(bundle, "graphs/fp32.onnx"), sequences, pad)
+    for file in ("graphs/int8.onnx", "graphs/int8-uint8.onnx"):
+        assert row_cosines(embed(engine_on(bundle, file), sequences, pad), expected).min() >= MIN_COSINE
+
+
 def test_report_says_what_was_left_out(made: dict[str, Bundle]) -> None:
     (line,) = describe_graph(made["hard"].graph("int8"))
     assert "of the matrix work multiplies in INT8 (at least 90%)" in line
