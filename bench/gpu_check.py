@@ -143,11 +143,15 @@ def run(contestant: Contestant, seconds: float) -> Iterator[dict[str, Any]]:
     end = time.monotonic() + seconds + _GRACE_S
     try:
         while True:
-            try:
-                line = lines.get(timeout=max(0.0, end - time.monotonic()))
-            except queue.Empty:
+            if time.monotonic() >= end:
                 yield {"skipped": f"out of time after {seconds + _GRACE_S:.0f} s"}
                 return
+            try:
+                line = lines.get(timeout=1.0)
+            except queue.Empty:
+                if process.poll() is not None:
+                    break
+                continue
             if line is None:
                 break
             if line.startswith("{"):
@@ -159,14 +163,14 @@ def run(contestant: Contestant, seconds: float) -> Iterator[dict[str, Any]]:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        for reader, stream in zip(readers, (process.stdout, process.stderr), strict=True):
-            reader.join()
-            stream.close()
+        for reader in readers:
+            reader.join(_GRACE_S)  # longer only where a helper in a session of its own still holds the pipe
 
 
 def _read(stream: Any, put: Any) -> None:
-    for line in stream:
-        put(line)
+    with stream:
+        for line in stream:
+            put(line)
     put(None)
 
 
