@@ -1,6 +1,6 @@
 """Adds compiled engines to a bundle, and keeps those whose inputs have not changed.
 
-The engine file is written first and the manifest last: until then the bundle is as it was.
+The engine file is written first, beside the one it replaces, and the manifest then: until then the bundle is as it was.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 import runtime
 from export.builder import MODULES, Progress, build_engine, library_version
 from export.cache import cached_sha256
-from export.changes import UNCHANGED, damage
+from export.changes import UNCHANGED, damage, spare_name
 from export.lock import Wait, bundle_lock
 from export.precision import Precision
 from export.profiles import Profile
@@ -78,7 +78,9 @@ def _add_engine(
     if problem:
         raise BundleError(f"{bundle.folder}: {problem} after the export.", cure="Export the checkpoint again.")
     built = build_engine(bundle.path(graph.model.file), backend, precision, profiles, target=target, progress=progress)
-    file = f"engines/{backend}/{precision}-{built.target}.engine"
+    others = [e for e in bundle.manifest.engines if (e.name, e.target) != (f"{backend}:{precision}", built.target)]
+    replaced = [e.file for e in bundle.manifest.engines if e not in others]
+    file = spare_name(f"engines/{backend}/{precision}-{built.target}.engine", replaced)
     write_atomic(bundle.path(file), built.data)
     sha256 = hashlib.sha256(built.data).hexdigest()
     record = EngineRecord(
@@ -95,8 +97,9 @@ def _add_engine(
         calibration_sha256=graph.calibration_sha256,
         graph_sha256=graph.key,
     )
-    others = [e for e in bundle.manifest.engines if (e.name, e.target) != (record.name, record.target)]
     write_manifest(bundle.folder, replace(bundle.manifest, engines=[*others, record]))
+    for old_file in replaced:
+        bundle.path(old_file).unlink(missing_ok=True)
     return Outcome(record, True, reason or "the bundle had none")
 
 

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -40,6 +40,17 @@ def cache_folder() -> Path:
     """Return where f2rt keeps its caches: $F2RT_CACHE, or f2rt in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("F2RT_CACHE") or Path(base) / "f2rt")
+
+
+@contextlib.contextmanager
+def explain_cache_errors() -> Iterator[None]:
+    """Say of an OutputError that it is the cache which cannot be written, and how to choose another."""
+    try:
+        yield
+    except OutputError as error:
+        raise OutputError(
+            f"f2rt's cache: {error.message}", cure="Free some space, or point F2RT_CACHE to another folder."
+        ) from error
 
 
 def cached_sha256(path: Path, advance: Callable[[int], None] = lambda count: None) -> str:

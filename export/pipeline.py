@@ -6,7 +6,6 @@ import datetime
 import functools
 import importlib.metadata
 import platform
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,8 +48,8 @@ from runtime.bundle import (
     record_file,
     write_manifest,
 )
-from runtime.errors import OutputError
-from runtime.files import staged_folder
+from runtime.errors import CheckpointError, OutputError
+from runtime.files import copy_file, staged_folder
 from runtime.tokenizer import Instruction, TextTokenizer
 
 # bf16 matrices have no kernel in ONNX Runtime on CPU: that graph is for builders.
@@ -117,7 +116,7 @@ def _export(
             _tell_all(folder, decisions, kept, tell)
             return open_bundle(folder)
     with staged_folder(folder) as staging:
-        shutil.copyfile(checkpoint.folder / TOKENIZER, staging / TOKENIZER)
+        copy_file(checkpoint.folder / TOKENIZER, staging / TOKENIZER, CheckpointError)
         if old is not None:
             carry(old, [f.file for g in kept for f in g.files], staging)
         graphs = write_graphs(checkpoint, staging, precisions, progress, texts, {g.precision: g for g in kept})

@@ -18,7 +18,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from calibration.statistics import Statistics, merge, pack, unpack
-from export.cache import cache_folder
+from export.cache import cache_folder, explain_cache_errors
 from export.config import EncoderConfig
 from runtime.errors import EngineError, InputError, OutputError
 from runtime.files import explain_write_errors, write_atomic
@@ -65,9 +65,9 @@ def probe(
     finished = folder / "statistics.npz"
     if finished.is_file():
         return unpack(finished.read_bytes())
-    run = _Probe(graph, config, sequences, folder, progress)
-    statistics = run.statistics()
-    write_atomic(finished, pack(statistics))
+    with explain_cache_errors():
+        statistics = _Probe(graph, config, sequences, folder, progress).statistics()
+        write_atomic(finished, pack(statistics))
     shutil.rmtree(folder / "layers", ignore_errors=True)
     return statistics
 
