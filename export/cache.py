@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -33,6 +33,17 @@ class _Entry(msgspec.Struct):
     modified_ns: int
     changed_ns: int
     sha256: str = ""
+
+
+@contextlib.contextmanager
+def explain_cache_errors() -> Iterator[None]:
+    """Say of an OutputError that it is the cache which cannot be written, and how to choose another."""
+    try:
+        yield
+    except OutputError as error:
+        raise OutputError(
+            f"f2rt's cache: {error.message}", cure="Free some space, or point F2RT_CACHE to another folder."
+        ) from error
 
 
 def cached_sha256(path: Path, advance: Callable[[int], None] = lambda count: None) -> str:

@@ -10,9 +10,9 @@ Decides and links files; writes no graph and no manifest.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,6 +44,7 @@ from runtime.bundle import (
     read_manifest,
 )
 from runtime.errors import BundleError
+from runtime.files import copy_file
 
 UNCHANGED = "nothing it depends on has changed"
 STRUCTURE = "graph structure"
@@ -165,10 +166,13 @@ def damage(
     """Return which of these files is not the one recorded, in words, or None."""
     for record in records:
         path = bundle.path(record.file)
-        if not path.is_file():
+        try:
+            if path.stat().st_size != record.size_bytes or cached_sha256(path, advance) != record.sha256:
+                return f"{record.file} was changed"
+        except FileNotFoundError:
             return f"{record.file} is missing"
-        if path.stat().st_size != record.size_bytes or cached_sha256(path, advance) != record.sha256:
-            return f"{record.file} was changed"
+        except OSError as error:
+            return f"{record.file} cannot be read ({error.strerror})"
     return None
 
 
@@ -211,8 +215,10 @@ def _lost(old: Bundle, engine: EngineRecord, graph: GraphRecord | None) -> str |
         return None if of_graph[engine.file] == engine.sha256 else changed
     if engine.graph_sha256 != graph.key:
         return changed
-    path = old.path(engine.file)
-    return None if path.is_file() and cached_sha256(path) == engine.sha256 else "it is missing or was changed"
+    with contextlib.suppress(OSError):
+        if cached_sha256(old.path(engine.file)) == engine.sha256:
+            return None
+    return "it is missing or was changed"
 
 
 def is_same(old: Bundle, new: Manifest) -> bool:
@@ -231,6 +237,16 @@ def outliving_files(new: Manifest, old: Bundle) -> list[str]:
     return [*files, REPORT] if report else files
 
 
+def spare_name(file: str, taken: Iterable[str]) -> str:
+    """Return `file`, or a second name where the manifest uses the first.
+
+    What replaces a file goes beside it, and the old one goes after the manifest names the new: until then the bundle
+    is the old one, whole.
+    """
+    path = Path(file)
+    return file if file not in set(taken) else str(path.with_name(f"{path.stem}.1{path.suffix}"))
+
+
 def carry(old: Bundle, files: Iterable[str], staging: Path) -> None:
     """Give files of the old bundle a second name in the new folder. Raises OSError.
 
@@ -242,4 +258,4 @@ def carry(old: Bundle, files: Iterable[str], staging: Path) -> None:
         try:
             os.link(old.path(file), place)
         except OSError:
-            shutil.copyfile(old.path(file), place)
+            copy_file(old.path(file), place, BundleError)

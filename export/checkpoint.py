@@ -28,7 +28,7 @@ from export.hub import Location
 from export.weights import INDEX, Weights
 from runtime.bundle import Contract, FileRecord, Source, record_file
 from runtime.errors import CheckpointError
-from runtime.files import sha256_file
+from runtime.files import explain_read_errors, sha256_file
 
 SMALLEST_TRAINED_DIM = 8
 
@@ -82,12 +82,18 @@ class Checkpoint:
         return cls(location, config, contract, weights, license_name, notices)
 
     def source(self, sha256: Callable[[Path], str] = sha256_file) -> Source:
-        """Hash every file that was used and describe where they came from. Reads all weights once."""
+        """Hash every file that was used and describe where they came from. Reads all weights once.
+
+        Raises CheckpointError for a file that cannot be read.
+        """
         names = [CONFIG, MODULES, TOKENIZER, TOKENIZER_CONFIG, ST_CONFIG, ST_LIMITS, INDEX, "README.md"]
         files = [n for n in names if (self.folder / n).is_file()]
         files += [str(p.relative_to(self.folder)) for p in pooling_files(self.folder)]
         files += [p.name for p in self.weights.files]
-        records = [record_file(self.folder, name, sha256=sha256(self.folder / name)) for name in files]
+        records = []
+        for name in files:
+            with explain_read_errors(self.folder / name, CheckpointError):
+                records.append(record_file(self.folder, name, sha256=sha256(self.folder / name)))
         return Source(self.location.id, self.location.revision, self.license, records)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import platform
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,8 +42,8 @@ from runtime.bundle import (
     open_bundle,
     write_manifest,
 )
-from runtime.errors import OutputError
-from runtime.files import staged_folder
+from runtime.errors import CheckpointError, OutputError
+from runtime.files import copy_file, staged_folder
 
 # bf16 matrices have no kernel in ONNX Runtime on CPU: that graph is for builders.
 _ONNXRUNTIME_PRECISIONS = (Precision.FP32, Precision.FP16, Precision.INT8)
@@ -116,7 +115,7 @@ def _export(
             _tell_all(folder, decisions, kept, tell)
             return open_bundle(folder)
     with staged_folder(folder) as staging:
-        shutil.copyfile(checkpoint.folder / TOKENIZER, staging / TOKENIZER)
+        copy_file(checkpoint.folder / TOKENIZER, staging / TOKENIZER, CheckpointError)
         if old is not None:
             carry(old, [f.file for g in kept for f in g.files], staging)
         if foreign is None:

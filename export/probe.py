@@ -22,6 +22,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from calibration.statistics import Rows, Statistics, merge, pack, pack_rows, percentiles_of, unpack
+from export.cache import explain_cache_errors
 from export.config import EncoderConfig
 from export.encoder import IR_VERSION
 from runtime.errors import EngineError, InputError, OutputError
@@ -78,8 +79,8 @@ def probe(
     folder = (cache or cache_folder()) / "probe" / _key(graph_sha256, sequences)
     finished = folder / "statistics.npz"
     if not finished.is_file():
-        run = _Probe(graph, config, sequences, folder, progress)
-        write_atomic(finished, pack(run.statistics()))
+        with explain_cache_errors():
+            write_atomic(finished, pack(_Probe(graph, config, sequences, folder, progress).statistics()))
         shutil.rmtree(folder / "layers", ignore_errors=True)
     return replace(unpack(finished.read_bytes()), rows_folder=folder / "rows")
 

@@ -1,7 +1,7 @@
 """Runs the comparison with PyTorch on a bundle and writes its verdict into the bundle.
 
-The manifest is the commit point: whatever instant the process dies at, the bundle is as it was, or fully updated, or
-(only when its golden texts change) unproven and refused by the runtime.
+The manifest is the commit point: whatever instant the process dies at, verdicts and golden vectors are as they were or
+fully updated. The report is written just before it; a report without its manifest counts as none, and is made again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from calibration.texts import Text, texts_sha256
 from export.cache import cached_sha256
-from export.changes import damage
+from export.changes import damage, spare_name
 from export.checkpoint import reference_files
 from export.hub import Location, locate
 from export.lock import Wait, bundle_lock
@@ -38,7 +38,7 @@ from runtime.bundle import (
     write_manifest,
 )
 from runtime.errors import BundleError, CheckpointError, InputError
-from runtime.files import write_atomic
+from runtime.files import explain_read_errors, write_atomic
 
 
 def prove_bundle(
@@ -59,8 +59,8 @@ def prove_bundle(
     holds all engines, its verdict is that of those asked for. `model` overrides where the checkpoint lies; its files
     must be those the bundle was made from.
 
-    Raises BundleError, CheckpointError, NotFoundError, InputError or OutputError. A bundle is never left broken; when
-    the disk fills while new golden vectors are recorded it may be left unproven, and the runtime then refuses it.
+    Raises BundleError, CheckpointError, NotFoundError, InputError or OutputError; the bundle's verdicts and golden
+    vectors are then as they were.
     """
     open_bundle(folder)  # where there is no bundle there is nothing to lock
     if not texts:
@@ -172,7 +172,9 @@ def source_location(bundle: Bundle, model: str | None) -> Location:
         ) from error
     for file in reference_files(source):
         path = location.folder / file.file
-        if not path.is_file() or cached_sha256(path) != file.sha256:
+        with explain_read_errors(path, CheckpointError):
+            same = path.is_file() and cached_sha256(path) == file.sha256
+        if not same:
             raise BundleError(
                 f"{path} is not the file this bundle was made from.",
                 cure="Export the checkpoint again, or name the right folder with --model.",
@@ -190,15 +192,16 @@ def record(bundle: Bundle, report: ParityReport, vectors: golden.Golden | None) 
     data = golden.pack(vectors) if vectors is not None else b""
     sha256 = hashlib.sha256(data).hexdigest()
     if vectors is not None and not (_golden_is_whole(bundle) and golden_record and golden_record.sha256 == sha256):
-        if golden_record is not None:
-            write_manifest(bundle.folder, with_parity(manifest, {}, None))
-        write_atomic(bundle.path(GOLDEN), data)
-        golden_record = record_file(bundle.folder, GOLDEN, sha256=sha256)
+        file = spare_name(GOLDEN, [golden_record.file] if golden_record else [])
+        write_atomic(bundle.path(file), data)
+        golden_record = record_file(bundle.folder, file, sha256=sha256)
     report_data = to_json(report)
     write_atomic(bundle.path(REPORT), report_data)
     report_sha256 = hashlib.sha256(report_data).hexdigest()
     verdicts = {e.fingerprint: _verdict(e, report_sha256) for e in report.engines}
     write_manifest(bundle.folder, with_parity(manifest, verdicts, golden_record))
+    if manifest.golden is not None and manifest.golden != golden_record:
+        bundle.path(manifest.golden.file).unlink(missing_ok=True)
 
 
 def _verdict(engine: EngineReport, report_sha256: str) -> ParityRecord:

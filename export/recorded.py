@@ -17,11 +17,11 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from export.cache import explain_cache_errors
 from export.checkpoint import reference_files
 from export.hub import Location
 from export.reference import Reference, reference_versions
 from runtime.bundle import Source, fingerprint
-from runtime.errors import OutputError
 from runtime.files import cache_folder, sha256_text, write_atomic
 
 CHUNK_VECTORS = 16
@@ -100,12 +100,8 @@ class RecordedReference:
         """Write what is new under the hash of its own bytes."""
         if self._new.ids or self._new.vectors:
             data = msgspec.msgpack.encode(self._new)
-            try:
+            with explain_cache_errors():
                 write_atomic(self._folder / f"{hashlib.sha256(data).hexdigest()}{_SUFFIX}", data)
-            except OutputError as error:
-                raise OutputError(
-                    error.message, cure="Free some space, or point F2RT_CACHE to another folder."
-                ) from error
         self._new = _Chunk()
         self._written_s = time.monotonic()
 

@@ -5,6 +5,7 @@ Knows names, shapes and dtypes; not what a tensor is for. A pickle is never open
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -69,15 +70,28 @@ class Weights:
         """
         info = self._tensors[name]
         for start in range(0, info.shape[0], chunk_rows):
-            with safe_open(info.file, "np") as file:
-                yield file.get_slice(info.key)[start : min(start + chunk_rows, info.shape[0])]
+            with _reading(info), safe_open(info.file, "np") as file:
+                piece = file.get_slice(info.key)[start : min(start + chunk_rows, info.shape[0])]
+            yield piece
 
     def read(self, name: str) -> NDArray[np.generic]:
-        """Return a whole tensor in its own dtype."""
+        """Return a whole tensor in its own dtype. Raises CheckpointError when it cannot be read any more."""
         info = self._tensors[name]
-        with safe_open(info.file, "np") as file:
+        with _reading(info), safe_open(info.file, "np") as file:
             tensor: NDArray[np.generic] = file.get_tensor(info.key)
-            return tensor
+        return tensor
+
+
+@contextlib.contextmanager
+def _reading(info: TensorInfo) -> Iterator[None]:
+    """Say which tensor and file could not be read: the caller may be writing at the time, and is not at fault."""
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"cannot read {info.key} from {info.file}: {error}.",
+            cure="Check that the file is there and was not changed meanwhile, and the disk it lies on.",
+        ) from error
 
 
 def absmax(weights: Weights, name: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

@@ -10,6 +10,8 @@ A bundle is a folder:
     golden.npz                    token ids and PyTorch float32 vectors of the golden texts
     parity/report.json            the comparison with PyTorch
 
+The manifest names every file; one that replaced another has `.1` before its suffix every other time.
+
 It deliberately knows nothing of how these files are made or executed.
 """
 

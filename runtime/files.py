@@ -20,13 +20,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from runtime.errors import OutputError
+from runtime.errors import F2rtError, OutputError
 
 _CHUNK_BYTES = 4 << 20
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 _PART = ".part"
 _STALE_S = 3600.0
+_FULL_BYTES = 1 << 20
 
 
 def cache_folder() -> Path:
@@ -52,8 +53,10 @@ def explain_write_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free_bytes = _free_bytes(target)
+        free_bytes = _free_bytes(target)
+        # numpy says of a write that came out short only that it did.
+        short = error.errno is None and free_bytes is not None and free_bytes < _FULL_BYTES
+        if short or error.errno in (errno.ENOSPC, errno.EDQUOT):
             left = "" if free_bytes is None else f" ({free_bytes / 1e9:.2f} GB left)"
             raise OutputError(
                 f"no room to write {target}: the disk is full{left}. Nothing was changed.",
@@ -67,6 +70,30 @@ def explain_write_errors(target: Path) -> Iterator[None]:
         raise OutputError(
             f"cannot write {target}: {error}. Nothing was changed.", cure="Check the path and the disk."
         ) from error
+
+
+@contextlib.contextmanager
+def explain_read_errors(source: Path, kind: type[F2rtError]) -> Iterator[None]:
+    """Turn an OSError raised while reading `source` into an error of this kind; a write around it stays a write."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(
+            f"cannot read {source}: {error.strerror or error}.", cure="Check that it is there, and the disk it lies on."
+        ) from error
+
+
+def copy_file(source: Path, target: Path, kind: type[F2rtError]) -> None:
+    """Copy a file's bytes. Raises an error of this kind when `source` cannot be read, OSError for the target."""
+    with explain_read_errors(source, kind):
+        reading = source.open("rb")
+    with reading, target.open("wb") as writing:
+        while True:
+            with explain_read_errors(source, kind):
+                data = reading.read(_CHUNK_BYTES)
+            if not data:
+                return
+            writing.write(data)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -120,9 +147,9 @@ def staged_folder(target: Path) -> Iterator[Path]:
     try:
         with explain_write_errors(target):
             yield staging
-            _sync_folders(staging)
+            _sync_tree(staging)
             _put_in_place(staging, target)
-            _sync_folder(target.parent)
+            _sync(target.parent)
     finally:
         # After an exchange this name holds the old folder; after a failure, the unfinished new one.
         shutil.rmtree(staging, ignore_errors=True)
@@ -192,12 +219,13 @@ def _aside(target: Path) -> Path:
     return target.parent / f".{target.name}.old"
 
 
-def _sync_folders(path: Path) -> None:
-    for folder in [path, *(entry for entry in path.rglob("*") if entry.is_dir())]:
-        _sync_folder(folder)
+def _sync_tree(path: Path) -> None:
+    """Wait until every file and folder is on the disk: after a power cut the new name must not hold empty files."""
+    for entry in [*path.rglob("*"), path]:
+        _sync(entry)
 
 
-def _sync_folder(path: Path) -> None:
+def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import shutil
 import subprocess
 import sys
 import warnings
@@ -24,6 +25,7 @@ from export.reference import Reference
 from export.timing_cache import timing_cache_path
 from runtime.bundle import Bundle, open_bundle
 from runtime.errors import (
+    BundleError,
     InputError,
     MissingExtraError,
     NotExecutableError,
@@ -48,7 +50,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- in the bundle
 
 
-def test_engine_is_recorded_and_kept_until_something_changes(narrow_copy: Bundle) -> None:
+def test_engine_is_recorded_and_kept_until_something_changes(narrow_copy: Bundle, narrow_bundle: Bundle) -> None:
     folder = narrow_copy.folder
     first = add_engine(folder, RTX, Precision.FP16, SMALL, target="sm89")
     assert (first.built, first.reason) == (True, "the bundle had none")
@@ -61,10 +63,16 @@ def test_engine_is_recorded_and_kept_until_something_changes(narrow_copy: Bundle
     assert (kept.built, kept.record.sha256) == (False, record.sha256)
     other = add_engine(folder, RTX, Precision.FP16, (Profile(2, 32),), target="sm89")
     assert (other.built, other.reason) == (True, "the profiles changed")
-    assert not bundle.path(record.file).exists()  # replaced, not left behind
+    assert not bundle.path(record.file).exists()  # the new one was written beside it, and then it went
     bundle.path(other.record.file).write_bytes(b"damaged")
     again = add_engine(folder, RTX, Precision.FP16, (Profile(2, 32),), target="sm89")
     assert (again.built, again.reason) == (True, "its file is missing or was changed")
+    assert [p.name for p in (folder / "engines/tensorrt-rtx").iterdir()] == [Path(again.record.file).name]
+    graph = bundle.path("graphs/fp16.onnx.data")
+    graph.write_bytes(graph.read_bytes()[:-1] + b"x")
+    with pytest.raises(BundleError, match=r"fp16\.onnx\.data was changed after the export"):
+        add_engine(folder, RTX, Precision.FP16, SMALL, target="sm120")
+    shutil.copyfile(narrow_bundle.path("graphs/fp16.onnx.data"), graph)
     add_engine(folder, RTX, Precision.FP16, SMALL, target="sm120")
     names = [e.full_name for e in open_bundle(folder).manifest.engines if e.backend == RTX]
     assert names == ["tensorrt-rtx:fp16@sm89", "tensorrt-rtx:fp16@sm120"]
