@@ -79,6 +79,7 @@ def _files(foreign: ForeignGraph) -> list[Path]:
 def fuse(foreign: ForeignGraph, config: EncoderConfig) -> None:
     """Change the foreign model in place: inputs and output as in the bundle's contract. Reads no weight."""
     graph, hidden = foreign.model.graph, foreign.hidden
+    graph.name = graph.name or "encoder"  # a graph has to have one
     _rename_outputs(graph)
     _Fusion(graph, config).run(hidden, foreign.past)
     common.RemoveUnusedNodesPass()(foreign.model)

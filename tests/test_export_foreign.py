@@ -167,13 +167,16 @@ def test_proven_graph_answers(checkpoint: Checkpoint, stock: Stock, bundle: Bund
 
 
 def narrow_inputs(model: ir.Model) -> None:
-    """Ids and mask of type int32, as some exports have them."""
+    """Ids and mask of type int32, as some exports have them, in operators that take no other type beside it."""
+    one = ir.Value(name="int32.one", const_value=ir.tensor(np.array(1, np.int32), name="int32.one"))
+    model.graph.register_initializer(one)
     for value in list(model.graph.inputs):
-        cast = node("Cast", value, to=ir.DataType.INT64)
-        cast.outputs[0].name = f"{value.name}.wide"
-        model.graph.insert_before(next(iter(model.graph)), cast)
+        product = node("Mul", value, one)
+        cast = node("Cast", product.outputs[0], to=ir.DataType.INT64)
+        product.outputs[0].name, cast.outputs[0].name = f"{value.name}.narrow", f"{value.name}.wide"
+        model.graph.insert_before(next(iter(model.graph)), [product, cast])
         ir.convenience.replace_all_uses_with(value, cast.outputs[0])
-        cast.replace_input_with(0, value)
+        product.replace_input_with(0, value)
         value.type = ir.TensorType(ir.DataType.INT32)
 
 

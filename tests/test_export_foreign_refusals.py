@@ -196,6 +196,12 @@ def old_opset(model: ir.Model) -> None:
     model.graph.opset_imports[""] = 11
 
 
+def unknown_attribute(model: ir.Model) -> None:
+    """A node with an attribute that its operator does not have."""
+    added = next(n for n in model.graph if n.op_type == "Add")
+    added.attributes["speed"] = ir.AttrInt64("speed", 9)
+
+
 def brain_float(model: ir.Model) -> None:
     """A weight that ONNX Runtime cannot multiply here, bfloat16."""
     matrix = ir.tensor(np.zeros((8, 8), np.float32).astype(ir.DataType.BFLOAT16.numpy()), name="narrow.weight")
@@ -224,6 +230,7 @@ def sees_the_last_column(model: ir.Model) -> None:
         (three_positions, "position_ids is [3, batch, sequence]"),
         (long_inputs, "attention_mask is [batch, 1, sequence, sequence]"),
         (old_opset, "opset 11"),
+        (unknown_attribute, "does not make a valid ONNX model: Unrecognized attribute: speed"),
         (brain_float, "BFLOAT16"),
         (sees_the_last_column, "when pads follow them in a batch"),
     ],
