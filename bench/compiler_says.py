@@ -42,7 +42,7 @@ class Saying:
         if not self.parsed:
             return f"{self.errors} parser errors"
         if not self.built:
-            return f"parses; refused: {self.messages[0][:60] if self.messages else 'no reason given'}"
+            return "parses, does not compile"
         return f"builds in {self.build_s:.1f} s, {self.engine_bytes / 1e6:.1f} MB"
 
 
