@@ -11,12 +11,14 @@ ENGINE  ?= auto
 GRPC    ?= 127.0.0.1:50051
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.f2rt-installed
+OPENVINO := .venv-openvino
+OPENVINO_STAMP := $(OPENVINO)/.f2rt-installed
 PROTOS  := $(shell find proto -name '*.proto' 2>/dev/null)
 SPACE   := $(subst ,, )
 COMMA   := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help setup proto proto-check lint type test engine parity serve bench clean
+.PHONY: help setup proto proto-check lint type test engine parity serve bench bench-peers clean
 
 help:  ## show the verbs
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -70,6 +72,16 @@ serve: setup  ## serve BUNDLE over gRPC
 
 bench: setup  ## the measurements in bench/ (minutes)
 	$(BIN)/python -m bench
+
+bench-peers: $(OPENVINO_STAMP)  ## the environments of bench/'s peers whose pins clash with ours (.venv-openvino)
+
+# torchvision comes along, is not needed, and may be one that does not fit this torch.
+$(OPENVINO_STAMP): bench/peers-openvino.txt constraints.txt
+	@test -x $(OPENVINO)/bin/python || $(PYTHON) -m venv $(OPENVINO)
+	$(OPENVINO)/bin/python -m pip install --quiet --disable-pip-version-check $(shell grep '^torch==' constraints.txt)
+	$(OPENVINO)/bin/python -m pip install --quiet --disable-pip-version-check $(shell grep '^torch==' constraints.txt) -r bench/peers-openvino.txt
+	$(OPENVINO)/bin/python -m pip uninstall --quiet --disable-pip-version-check --yes torchvision
+	@touch $@
 
 clean:  ## remove build products (keeps .venv)
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -63,7 +63,7 @@ def measure(size: str, work: Path, seconds: float) -> Result:
         raise InputError(f"there is no size {size!r}.", cure=f"Choose one of {', '.join(SIZES)}.")
     checkpoint, bundle = work / f"checkpoint-{size}", work / f"bundle-{size}"
     try:
-        _say(f"{size}: synthesizing and exporting")
+        say(f"{size}: synthesizing and exporting")
         write_checkpoint(size, checkpoint)
         opened = Checkpoint.open(locate(str(checkpoint)))
         exported = export_bundle(opened, bundle, [Precision.FP32])
@@ -71,8 +71,8 @@ def measure(size: str, work: Path, seconds: float) -> Result:
         engine = open_raw_engine(exported, exported.engine("onnxruntime:fp32"), EngineSettings(threads=cores))
         contestants: dict[str, Run] = {
             OURS: engine.run,
-            TORCH: _transformers(checkpoint, "float32", cores),
-            TORCH_BF16: _transformers(checkpoint, "bfloat16", cores),
+            TORCH: stock_transformers(checkpoint, "float32", cores),
+            TORCH_BF16: stock_transformers(checkpoint, "bfloat16", cores),
         }
         rng = np.random.default_rng(0)
         shapes = []
@@ -87,7 +87,8 @@ def measure(size: str, work: Path, seconds: float) -> Result:
     return _result(size, seconds, cores, shapes)
 
 
-def _transformers(folder: Path, dtype: str, threads: int) -> Run:
+def stock_transformers(folder: Path, dtype: str, threads: int) -> Run:
+    """Return what runs a batch as users of transformers do, in `dtype` on `threads` threads."""
     import torch
     from transformers import AutoModel
     from transformers.utils import logging
@@ -125,7 +126,7 @@ def _compare(contestants: dict[str, Run], batch: Batch, seconds: float) -> Shape
         names = [*names[1:], names[0]]
     shape = Shape(rows, tokens, times, cosines)
     shown = ", ".join(f"{name} {median(t):.1f} ms" for name, t in times.items())
-    _say(f"{rows} x {tokens}: {shown} ({len(times[OURS])} repetitions)")
+    say(f"{rows} x {tokens}: {shown} ({len(times[OURS])} repetitions)")
     return shape
 
 
@@ -190,5 +191,6 @@ def _result(size: str, seconds: float, threads: int, shapes: list[Shape]) -> Res
     )
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Tell on standard error what is being done."""
     print(text, file=sys.stderr, flush=True)
