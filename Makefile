@@ -14,12 +14,14 @@ BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.f2rt-installed
 OPTIMUM := .venv-optimum
 OPTIMUM_STAMP := $(OPTIMUM)/.f2rt-installed
+OPENVINO := .venv-openvino
+OPENVINO_STAMP := $(OPENVINO)/.f2rt-installed
 PROTOS  := $(shell find proto -name '*.proto' 2>/dev/null)
 SPACE   := $(subst ,, )
 COMMA   := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help setup proto proto-check lint type test engine parity serve bench gpu-check optimum-check clean
+.PHONY: help setup proto proto-check lint type test engine parity serve bench bench-peers gpu-check optimum-check clean
 
 help:  ## show the verbs
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -86,6 +88,16 @@ $(OPTIMUM_STAMP): pyproject.toml
 
 optimum-check: setup $(OPTIMUM_STAMP)  ## export MODEL with Optimum (in .venv-optimum), take it in, prove it
 	$(BIN)/python -m bench optimum --model $(MODEL) --results build/optimum
+
+bench-peers: $(OPENVINO_STAMP)  ## the environments of bench/'s peers whose pins clash with ours (.venv-openvino)
+
+# torchvision comes along, is not needed, and may be one that does not fit this torch.
+$(OPENVINO_STAMP): bench/peers-openvino.txt constraints.txt
+	@test -x $(OPENVINO)/bin/python || $(PYTHON) -m venv $(OPENVINO)
+	$(OPENVINO)/bin/python -m pip install --quiet --disable-pip-version-check $(shell grep '^torch==' constraints.txt)
+	$(OPENVINO)/bin/python -m pip install --quiet --disable-pip-version-check $(shell grep '^torch==' constraints.txt) -r bench/peers-openvino.txt
+	$(OPENVINO)/bin/python -m pip uninstall --quiet --disable-pip-version-check --yes torchvision
+	@touch $@
 
 clean:  ## remove build products (keeps .venv)
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,1 +1,1 @@
-"""Side-by-side measurements. Run: python -m bench [export|latency|grpc]."""
+"""Side-by-side measurements. Run: python -m bench NAME."""

@@ -1,4 +1,4 @@
-"""The command: python -m bench [export|latency|grpc|graphs|optimum] [options]. Without a name, the first four."""
+"""The command: python -m bench NAME [options]. Without a name: export, latency, grpc and graphs with their defaults."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _publish(result: Result, packages: list[str], results: Path) -> None:
 
 @app.callback(invoke_without_command=True)
 def everything(context: typer.Context) -> None:
-    """Run the measurement named, or all."""
+    """Run the measurement named, or export, latency and grpc."""
     if context.invoked_subcommand is None:
         export_command()
         latency_command()
@@ -114,6 +114,40 @@ def optimum_command(
         result = measure(model, folder)
         _publish(result, ["onnx-ir", "onnxruntime", "torch", "transformers"], results)
     raise typer.Exit(0 if result.data["passed"] else 1)
+
+
+@app.command("int8-quality")
+def int8_quality_command(
+    checkpoints: Annotated[str, typer.Option(help="Comma-separated: mini, hard, and those of tests/hostile.py.")] = "",
+    texts: Annotated[int | None, typer.Option(help="Verification texts; all by default.", min=1)] = None,
+    calibration_texts: Annotated[int | None, typer.Option(help="Calibration texts; all by default.", min=1)] = None,
+    work: WorkOption = None,
+    results: ResultsOption = RESULTS,
+) -> None:
+    """Vectors of INT8 against PyTorch, beside what ONNX Runtime's tools make of the same graph."""
+    with console.readable_errors(), _work_folder(work) as folder:
+        from bench.int8_quality import CHECKPOINTS, measure
+
+        names = [name.strip() for name in checkpoints.split(",") if name.strip()] or list(CHECKPOINTS)
+        result = measure(names, folder, texts, calibration_texts)
+        _publish(result, ["numpy", "onnx", "onnxruntime", "torch", "transformers"], results)
+
+
+@app.command("int8-speed")
+def int8_speed_command(
+    size: Annotated[str, typer.Option(help="mini, or a size of the family.")] = "0.6B",
+    seconds: Annotated[float, typer.Option(help="For all shapes together; at least three repetitions each.")] = 600.0,
+    calibration_texts: Annotated[int, typer.Option(help="Short texts that INT8 is made on.", min=1)] = 64,
+    bundle: Annotated[Path | None, typer.Option(help="A bundle with fp32 and int8 to measure; made otherwise.")] = None,
+    work: WorkOption = None,
+    results: ResultsOption = RESULTS,
+) -> None:
+    """Latency of INT8 on CPU beside fp32, other 8-bit forms and other tools (`make bench-peers` installs them)."""
+    with console.readable_errors(), _work_folder(work) as folder:
+        from bench.int8_speed import measure
+
+        result = measure(size, folder, seconds, calibration_texts, bundle)
+        _publish(result, ["numpy", "onnxruntime", "torch", "transformers"], results)
 
 
 if __name__ == "__main__":

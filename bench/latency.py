@@ -71,8 +71,8 @@ def measure(size: str, work: Path, seconds: float) -> Result:
         engine = open_raw_engine(exported, exported.engine("onnxruntime:fp32"), EngineSettings(threads=cores))
         contestants: dict[str, Run] = {
             OURS: engine.run,
-            TORCH: _transformers(checkpoint, "float32", cores),
-            TORCH_BF16: _transformers(checkpoint, "bfloat16", cores),
+            TORCH: stock_transformers(checkpoint, "float32", cores),
+            TORCH_BF16: stock_transformers(checkpoint, "bfloat16", cores),
         }
         rng = np.random.default_rng(0)
         shapes = []
@@ -87,7 +87,8 @@ def measure(size: str, work: Path, seconds: float) -> Result:
     return _result(size, seconds, cores, shapes)
 
 
-def _transformers(folder: Path, dtype: str, threads: int) -> Run:
+def stock_transformers(folder: Path, dtype: str, threads: int) -> Run:
+    """Return what runs a batch as users of transformers do, in `dtype` on `threads` threads."""
     import torch
     from transformers import AutoModel
     from transformers.utils import logging

