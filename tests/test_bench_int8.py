@@ -25,8 +25,9 @@ from bench.other_forms import DYNAMIC, NAMES, STATIC, WEIGHTS
 from bench.peers import PEERS, Peer, PeerError, PeerKind, start_peer
 from bench.turns import InProcess, take_turns
 from export.checkpoint import Checkpoint
+from export.graphs import TWIN
 from export.hub import locate
-from export.pipeline import TWIN, export_bundle
+from export.pipeline import export_bundle
 from export.precision import Precision
 from export.reference import Reference
 from runtime.batch import Batch, make_batch
