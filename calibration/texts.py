@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -24,6 +25,7 @@ KINDS: Final = ("query", "document", "code", "edge", "long")
 MAX_FILE_BYTES: Final = 256 * 1024 * 1024
 """Larger files are refused: they are read whole, and a set that size is a corpus given by mistake."""
 
+_READ_BYTES: Final = 1024 * 1024
 _JSON_LINES_SUFFIXES: Final = (".jsonl", ".ndjson")
 _FORMAT_CURE: Final = 'Write one object per line, such as {"text": "some text", "prompt": "query"}'
 _PLAIN_CURE: Final = "or rename the file to .txt to use its lines as they stand"
@@ -165,7 +167,9 @@ def _read_bytes(path: Path) -> bytes:
         raise InputError(f"{path}: is a folder, not a file of texts.", cure="Name one file inside it.")
     try:
         with path.open("rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
+            # Asked for the limit at once, a file of a few lines would take as much memory as the largest.
+            pieces = iter(lambda: file.read(_READ_BYTES), b"")
+            data = b"".join(itertools.islice(pieces, MAX_FILE_BYTES // _READ_BYTES + 1))
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file.", cure="Check the path given for the texts.") from error
     except OSError as error:

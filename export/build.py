@@ -32,7 +32,7 @@ from runtime.bundle import (
     open_bundle,
     write_manifest,
 )
-from runtime.errors import BundleError, EngineError, InputError
+from runtime.errors import BundleError, EngineError, InputError, explain_memory_errors
 
 ONNXRUNTIME_CUDA = "onnxruntime-cuda"
 
@@ -64,7 +64,8 @@ def add_engine(
     BundleError for one that was changed, MissingExtraError, EngineError or OutputError; the bundle is then unchanged.
     """
     open_bundle(folder)  # where there is no bundle there is nothing to lock
-    with bundle_lock(folder, "f2rt build", wait):
+    cure = "Free memory, or build with fewer or smaller profiles."
+    with bundle_lock(folder, "f2rt build", wait), explain_memory_errors(f"build an engine of {folder}", cure):
         bundle = open_bundle(folder)
         if backend == ONNXRUNTIME_CUDA:
             return _add_onnxruntime_cuda(bundle, precision, target)

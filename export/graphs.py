@@ -49,15 +49,17 @@ def write_graphs(
     texts: Sequence[Text],
     kept: Mapping[str, GraphRecord],
     int8_budget: float,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> list[GraphRecord]:
     """Return the graphs of all precisions: those of `kept`, whose files are under `root`, and the others written there.
 
-    Probes the fp32 graph when one of those to be written is narrow.
+    Probes the fp32 graph when one of those to be written is narrow, and tells what it calibrated on.
     """
     if not set(precisions) - {Precision.FP32} - set(kept):
         return [kept.get(p) or write_graph(checkpoint, root, p, progress) for p in precisions]
     fp32 = kept.get(Precision.FP32) or write_graph(checkpoint, root, Precision.FP32, progress)
     measured = measure(checkpoint, root, fp32, texts, progress)
+    tell(f"calibration: {measured.summary(checkpoint.contract.max_tokens)}")
     graphs = []
     for precision in precisions:
         if precision is Precision.FP32 or precision in kept:
@@ -77,10 +79,16 @@ def write_graphs(
 
 @dataclass(frozen=True)
 class Measured:
-    """Calibration texts as token ids, EOS included, and what the probe measured on them."""
+    """Calibration texts as token ids, EOS included, and what the probe measured; how many texts had to be cut."""
 
     sequences: list[list[int]]
     statistics: Statistics
+    truncated: int = 0
+
+    def summary(self, max_tokens: int) -> str:
+        """Say what was measured on, in one line."""
+        cut = f"; {self.truncated} longer than {max_tokens} tokens and cut there" if self.truncated else ""
+        return f"{len(self.sequences)} texts, {sum(map(len, self.sequences))} tokens{cut}"
 
 
 def measure(
@@ -90,7 +98,8 @@ def measure(
     contract = checkpoint.contract
     tokenizer = TextTokenizer(root / TOKENIZER, contract)
     rendered = [contract.prompts.get(text.prompt or "", "") + text.text for text in texts]
-    sequences = [item.ids for item in tokenizer.encode(rendered, Instruction(prompt=""))]
+    items = tokenizer.encode(rendered, Instruction(prompt=""))
+    sequences = [item.ids for item in items]
     statistics = probe(
         root / fp32.model.file,
         fp32.model.sha256 + fp32.data.sha256,
@@ -98,7 +107,7 @@ def measure(
         sequences,
         progress=lambda label, done, total: progress(Step(label, total), done),
     )
-    return Measured(sequences, statistics)
+    return Measured(sequences, statistics, sum(item.truncated for item in items))
 
 
 def rescale_plan(checkpoint: Checkpoint, measured: Measured) -> RescalePlan:

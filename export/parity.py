@@ -31,7 +31,7 @@ from runtime.batch import make_batch
 from runtime.bundle import Bundle, Contract, EngineRecord, Verdict
 from runtime.embedder import finish
 from runtime.engines import Engine
-from runtime.errors import EngineError, F2rtError, InputError, MissingExtraError, NotExecutableError
+from runtime.errors import EngineError, F2rtError, InputError, MissingExtraError, NotExecutableError, OutOfMemoryError
 from runtime.golden import Golden, row_cosines
 from runtime.loader import open_raw_engine
 from runtime.settings import EngineSettings
@@ -113,6 +113,8 @@ def _check_engine(
         engine = open_raw_engine(bundle, record, settings)
     except (NotExecutableError, MissingExtraError) as error:
         return not_executed(record, error)
+    except OutOfMemoryError:
+        raise  # it says nothing of the engine
     except EngineError as error:  # it should run here, and does not: that is a failure
         limits = tolerance(record.precision)
         report = EngineReport(record.full_name, record.precision, record.fingerprint, "fail", limits)
@@ -133,6 +135,8 @@ def _check_engine(
     try:
         runs = _Runs(engine, samples, bundle.manifest.contract, reference, progress)
         checks = runs.checks(limits)
+    except OutOfMemoryError:
+        raise
     except EngineError as error:
         return EngineReport(
             record.full_name,

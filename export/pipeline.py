@@ -42,7 +42,7 @@ from runtime.bundle import (
     open_bundle,
     write_manifest,
 )
-from runtime.errors import CheckpointError, OutputError
+from runtime.errors import CheckpointError, OutputError, explain_memory_errors
 from runtime.files import copy_file, staged_folder
 
 # bf16 matrices have no kernel in ONNX Runtime on CPU: that graph is for builders.
@@ -78,7 +78,8 @@ def export_bundle(
     check_budget(int8_budget)
     precisions = sorted(set(precisions), key=list(Precision).index)
     request = _Request(precisions, calibration, int8_budget, foreign, force)
-    with bundle_lock(folder, "f2rt export", wait):
+    cure = "Free memory, or give fewer or shorter --calibration texts: their states and one layer's weights must fit."
+    with bundle_lock(folder, "f2rt export", wait), explain_memory_errors(f"export to {folder}", cure):
         return _export(checkpoint, folder, request, progress, tell)
 
 
@@ -120,7 +121,8 @@ def _export(
             carry(old, [f.file for g in kept for f in g.files], staging)
         if foreign is None:
             already = {g.precision: g for g in kept}
-            graphs = write_graphs(checkpoint, staging, precisions, progress, texts, already, request.int8_budget)
+            budget = request.int8_budget
+            graphs = write_graphs(checkpoint, staging, precisions, progress, texts, already, budget, tell)
         else:
             graphs = [adopt_graph(checkpoint, foreign, staging, progress)]
         graphs = [replace(g, inputs=d.inputs) for g, d in zip(graphs, decisions, strict=True)]

@@ -156,7 +156,13 @@ class _Probe:
             feeds[POSITIONS] = self._positions[row]
             for name in starts:
                 feeds[name] = streams[row]
-            stream, *measured = session.run(None, {k: v for k, v in feeds.items() if k in wanted})
+            try:
+                stream, *measured = session.run(None, {k: v for k, v in feeds.items() if k in wanted})
+            except Exception as error:  # the library's exceptions share no base class
+                raise EngineError(
+                    f"ONNX Runtime failed in the probe on {label}, text {row} of {ids.shape[1]} tokens: {error}",
+                    cure="Report it, unless memory ran out: then give fewer or shorter calibration texts.",
+                ) from error
             outputs.append(stream)
             for name, values, taken in zip(names, measured[::2], measured[1::2], strict=True):
                 largest[name] = np.maximum(largest[name], values) if name in largest else values

@@ -37,7 +37,7 @@ from runtime.bundle import (
     with_parity,
     write_manifest,
 )
-from runtime.errors import BundleError, CheckpointError, InputError
+from runtime.errors import BundleError, CheckpointError, InputError, explain_memory_errors
 from runtime.files import explain_read_errors, write_atomic
 
 
@@ -65,7 +65,10 @@ def prove_bundle(
     open_bundle(folder)  # where there is no bundle there is nothing to lock
     if not texts:
         raise InputError("there are no texts to compare on.", cure="Give a file with at least one text.")
-    with bundle_lock(folder, "f2rt parity", wait):
+    cure = (
+        "Free memory: PyTorch takes four bytes a weight, an engine about the size of its files; what was done is kept."
+    )
+    with bundle_lock(folder, "f2rt parity", wait), explain_memory_errors(f"compare {folder} with PyTorch", cure):
         report = _prove(open_bundle(folder), texts, engine_names, model, force, progress, tell)
     if report_dir is not None:
         write_atomic(report_dir / Path(REPORT).name, to_json(report))

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.hub import Location
-from runtime.errors import CheckpointError, missing_extra
+from runtime.errors import CheckpointError, is_out_of_memory, missing_extra
 
 
 class ReferenceVectors(Protocol):
@@ -73,6 +73,8 @@ class Reference:
                     folder, dtype=torch.float32, output_loading_info=True
                 )
         except Exception as error:  # transformers raises whatever its parts raise
+            if is_out_of_memory(error):
+                raise
             raise CheckpointError(
                 f"transformers {transformers.__version__} cannot load {folder}: {error}",
                 cure="The reference needs a checkpoint that the stock library opens.",

@@ -18,7 +18,7 @@ from export.parity import not_executed
 from export.reference import reference_versions
 from export.report import REPORT_SCHEMA_VERSION, EngineReport, ParityReport
 from runtime.bundle import REPORT, Bundle, EngineRecord, FileRecord
-from runtime.errors import BundleError, EngineError, MissingExtraError, NotExecutableError
+from runtime.errors import BundleError, EngineError, MissingExtraError, NotExecutableError, OutOfMemoryError
 from runtime.files import sha256_file
 from runtime.loader import open_raw_engine
 from runtime.settings import EngineSettings
@@ -68,7 +68,7 @@ def why_stale(bundle: Bundle, record: EngineRecord, report: ParityReport | None,
     if parity.verdict == "fail":
         return "it failed the last time"
     if old is None or sha256_file(bundle.path(REPORT)) != parity.report_sha256:
-        return f"{REPORT} is missing or was changed"
+        return f"{REPORT} is missing, was changed, or is another version's"
     if parity.texts_sha256 != texts_sha256:
         return "the texts changed"
     if old.tolerance not in (None, TOLERANCES.get(record.precision)):
@@ -100,6 +100,8 @@ def unexecutable(bundle: Bundle, record: EngineRecord) -> EngineReport | None:
         open_raw_engine(bundle, record, EngineSettings()).close()
     except (NotExecutableError, MissingExtraError) as error:
         return not_executed(record, error)
+    except OutOfMemoryError:
+        raise
     except EngineError:
         return None  # the comparison will meet it again, and report it
     return None

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from runtime.errors import F2rtError, status_of
+from runtime.errors import F2rtError, explain_memory_errors, status_of
 
 _PLAIN_WIDTH = 140  # off a terminal rich assumes 80 columns and cuts tables
 
@@ -51,7 +51,8 @@ def bars() -> Iterator[Bars]:
 def readable_errors() -> Iterator[None]:
     """Print an F2rtError as message and cure and leave with its exit code."""
     try:
-        yield
+        with explain_memory_errors("go on", "Free memory, or give less at once."):
+            yield
     except F2rtError as error:
         console = Console(stderr=True, highlight=False, soft_wrap=True)
         console.print(Text.assemble(("error: ", "bold red"), error.message))

@@ -12,7 +12,8 @@
     ├── BundleError            a bundle that is damaged, incomplete or from another version
     │   └── UnverifiedError    an engine that was not shown to give PyTorch's vectors
     └── EngineError            the engine failed, or gave what it must not give
-        └── NotExecutableError this machine or this version cannot run the engine at all
+        ├── NotExecutableError this machine or this version cannot run the engine at all
+        └── OutOfMemoryError   it did not fit; says nothing of the engine itself
 
 A message says what is wrong, where, the value and the limit; `cure` says what to do. Foreign errors are translated
 once, where they appear, and chained.
@@ -20,7 +21,22 @@ once, where they appear, and chained.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
+
+# How the libraries we use say that memory ran out: few of them raise MemoryError.
+_OUT_OF_MEMORY = (
+    "bad_alloc",
+    "bad allocation",
+    "failed to allocate memory",
+    "cannot allocate memory",
+    "can't allocate memory",
+    "can't start new thread",
+    "failed to map segment",
+    "out of memory",
+)
+_LINE_CHARS = 200
 
 
 class F2rtError(Exception):
@@ -83,6 +99,10 @@ class NotExecutableError(EngineError):
     """This machine or this version cannot run the engine."""
 
 
+class OutOfMemoryError(EngineError):
+    """Memory ran out."""
+
+
 @dataclass(frozen=True)
 class Status:
     """What an error becomes outside: a gRPC status name, an HTTP status, and the command's exit code."""
@@ -116,3 +136,27 @@ def missing_extra(module: str, extra: str) -> MissingExtraError:
     return MissingExtraError(
         f"the module {module!r} is not installed.", cure=f"Install it with: pip install 'f2rt[{extra}]'"
     )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether this error, by its kind or its words, says that memory ran out."""
+    words = str(error).lower()
+    return isinstance(error, MemoryError) or any(phrase in words for phrase in _OUT_OF_MEMORY)
+
+
+@contextlib.contextmanager
+def explain_memory_errors(what: str, cure: str) -> Iterator[None]:
+    """Turn whatever says that memory ran out while doing `what` into an OutOfMemoryError."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OutOfMemoryError) or not is_out_of_memory(error):
+            raise
+        words = f" ({first_line(error)})" if str(error).strip() else ""
+        raise OutOfMemoryError(f"not enough memory to {what}{words}. Nothing was changed.", cure=cure) from error
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what a library says, cut where it goes on for long."""
+    line = str(error).strip().partition("\n")[0]
+    return line if len(line) <= _LINE_CHARS else f"{line[:_LINE_CHARS]}…"

@@ -347,6 +347,32 @@ def test_reasons_in_words() -> None:
     assert difference(old, {"weights": "a" * 64, "graph structure": "x"}) == "budget (0.9 to none) changed"
 
 
+def test_int8_depends_on_its_budget_and_keeps_both_graphs(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    int8 = "graphs/int8.onnx"
+    project.precisions = "fp32,fp16,int8"
+    project.options = ["--int8-budget", "0.5"]
+    assert project.export()[int8] == ("wrote", "the bundle had none")
+    project.prove()
+    before = state(project.folder)
+    assert project.export()[int8] == ("kept", SAME)
+    assert state(project.folder) == before
+    (project.folder / "graphs/int8-uint8.onnx").unlink()
+    damaged = ("wrote", "graphs/int8-uint8.onnx is missing")
+    assert project.export() == {FP32: ("kept", SAME), FP16: ("kept", SAME), int8: damaged}
+    change_card(project)  # a new manifest, and so a new folder: the twin is carried with the rest
+    assert project.export()[int8] == ("kept", SAME)
+    for file in project.bundle.graph("int8").files:
+        assert sha256_file(project.folder / file.file) == file.sha256
+    assert set(project.verdicts().values()) == {True}
+    project.options = ["--int8-budget", "0.6"]
+    budget = ("wrote", "INT8 budget (0.5 to 0.6) changed")
+    assert project.export() == {FP32: ("kept", SAME), FP16: ("kept", SAME), int8: budget}
+    monkeypatch.setattr("export.changes.INT8_RULES", 99)
+    assert project.export()[FP16] == ("kept", SAME)
+    change_texts(project)
+    assert project.export()[int8] == ("wrote", "calibration texts changed")
+
+
 def compiled(bundle: Bundle) -> list[EngineRecord]:
     return [e for e in bundle.manifest.engines if e.target]
 
@@ -373,10 +399,10 @@ def test_compiled_engines_outlive_what_does_not_concern_them(mini: Path, tmp_pat
     assert project.export()[built.file] == ("dropped", "the fp16 graph changed")
     assert compiled(project.bundle) == []
     assert not (project.folder / built.file).exists()
-    add_engine(project.folder, "tensorrt-rtx", Precision.FP16, (Profile(1, 64),), target="sm89")
+    built = add_engine(project.folder, "tensorrt-rtx", Precision.FP16, (Profile(1, 64),), target="sm89").record
     (project.folder / built.file).unlink()
     assert project.export()[built.file] == ("dropped", "it is missing or was changed")
-    add_engine(project.folder, "tensorrt-rtx", Precision.FP16, (Profile(1, 64),), target="sm89")
+    built = add_engine(project.folder, "tensorrt-rtx", Precision.FP16, (Profile(1, 64),), target="sm89").record
     project.precisions = "fp32"
     assert project.export()[built.file] == ("dropped", "fp16 was not asked for")
 

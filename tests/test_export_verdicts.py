@@ -35,6 +35,7 @@ ROOT = Path(__file__).parent.parent
 TEXTS = [t for t in verification_texts() if len(t.text) < 250][::25]
 FP32, FP16 = "onnxruntime:fp32", "onnxruntime:fp16"
 SAME = "nothing it depends on has changed"
+NO_REPORT = "parity/report.json is missing, was changed, or is another version's"
 
 
 @pytest.fixture(scope="module")
@@ -173,8 +174,8 @@ INSTALLED = importlib.metadata.version("onnxruntime")
         (other_limits, {FP16}, "the limits changed"),
         (other_onnxruntime, {FP32, FP16}, f"onnxruntime (1.0 to {INSTALLED}) changed"),
         (other_f2rt, {FP32, FP16}, "f2rt (0.1.0 to 99.0) changed"),
-        (damaged_report, {FP32, FP16}, "parity/report.json is missing or was changed"),
-        (no_report, {FP32, FP16}, "parity/report.json is missing or was changed"),
+        (damaged_report, {FP32, FP16}, NO_REPORT),
+        (no_report, {FP32, FP16}, NO_REPORT),
         (never_compared, {FP16}, "it was never compared"),
         (failed, {FP32, FP16}, "it failed the last time"),
         (another_engine, {FP32, FP16}, "its verdict belongs to another engine"),
@@ -401,7 +402,7 @@ def test_reference_pass_killed_in_the_middle_goes_on(
     folder = Path(shutil.copytree(proven, tmp_path / "bundle"))
     edit_engines(folder, forget(FP32))
     (tmp_path / "texts.jsonl").write_bytes(write_lines(TEXTS))
-    at = CHUNK_VECTORS + 3
+    at = CHUNK_VECTORS + 8
     assert len(TEXTS) > at
     arguments = [sys.executable, "-c", KILLED_AT_TEXT, str(folder), str(tmp_path / "texts.jsonl"), str(at)]
     before = state(folder)
@@ -414,4 +415,5 @@ def test_reference_pass_killed_in_the_middle_goes_on(
     whole = Run(folder, force=True).computed
     assert run.computed is not None
     assert whole is not None
-    assert whole - at <= run.computed <= whole - CHUNK_VECTORS
+    # At most one chunk was not yet recorded.
+    assert whole - at <= run.computed <= whole - at + CHUNK_VECTORS

@@ -15,7 +15,15 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from runtime.batch import Batch
-from runtime.errors import EngineError, F2rtError, MissingExtraError, NotExecutableError
+from runtime.errors import (
+    EngineError,
+    F2rtError,
+    MissingExtraError,
+    NotExecutableError,
+    OutOfMemoryError,
+    first_line,
+    is_out_of_memory,
+)
 from runtime.settings import EngineSettings
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -56,6 +64,11 @@ class OnnxRuntimeEngine:
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
         except Exception as error:  # the library's exceptions share no base class
+            if is_out_of_memory(error):
+                raise OutOfMemoryError(
+                    f"there is not enough memory to load {path}: {first_line(error)}",
+                    cure="Free memory, or choose a smaller engine.",
+                ) from error
             raise EngineError(
                 f"ONNX Runtime cannot load {path}: {error}",
                 cure="Export the checkpoint again with this f2rt.",
@@ -69,6 +82,12 @@ class OnnxRuntimeEngine:
         try:
             (vectors,) = self._session.run([_OUTPUT], feeds)
         except Exception as error:
+            if is_out_of_memory(error):
+                shape = f"{batch.input_ids.shape[0]} x {batch.input_ids.shape[1]}"
+                raise OutOfMemoryError(
+                    f"{self.name} has not enough memory for a batch of {shape}: {first_line(error)}",
+                    cure="Free memory, or send smaller batches.",
+                ) from error
             raise EngineError(
                 f"{self.name} failed on a batch of {batch.input_ids.shape[0]} x {batch.input_ids.shape[1]}: {error}",
                 cure="Try a smaller batch; report it when one text alone fails.",
