@@ -30,6 +30,7 @@ TABLE = {
     "UnverifiedError": ("FAILED_PRECONDITION", 500),
     "EngineError": ("INTERNAL", 500),
     "NotExecutableError": ("INTERNAL", 500),
+    "OutOfMemoryError": ("INTERNAL", 500),
 }
 
 
