@@ -232,6 +232,10 @@ def test_memory_runs_out_during_export(
     (tmp_path / "others.jsonl").write_bytes(write_lines(calibration_texts()[20:22]))
     command = ["export", mini, "--out", mini_bundle, "--precision", "fp32,fp16", "--calibration", texts, "--force"]
     status, output = squeezed(label, at, tmp_path / "others.jsonl", *command)
+    if status == -signal.SIGABRT:  # the tokenizer's library ends the process when it gets no memory: nothing to catch
+        assert "memory allocation of" in output
+        assert (mini_bundle / "manifest.json").read_bytes() == before
+        return
     assert status == 2, output
     assert f"error: not enough memory to export to {mini_bundle}" in output
     assert "cure: Free memory, or give fewer or shorter --calibration texts" in output
