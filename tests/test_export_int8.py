@@ -341,9 +341,9 @@ def test_a_dead_layer_is_no_trouble(mini_copy: Path, tmp_path: Path) -> None:
     precisions = [Precision.FP32, Precision.INT8]
     bundle = export_bundle(checkpoint, tmp_path / "b", precisions, calibration=CALIBRATION[::8])
     sequences, pad = token_ids(bundle, 40), bundle.manifest.contract.pad_id
-    expected = embed(engine_on(bundle, "graphs/fp32.onnx"), sequences, pad)
+    expected = embed(engine_on(bundle, "graphs/fp32.onnx").run, sequences, pad)
     for file in ("graphs/int8.onnx", "graphs/int8-uint8.onnx"):
-        assert row_cosines(embed(engine_on(bundle, file), sequences, pad), expected).min() >= MIN_COSINE
+        assert row_cosines(embed(engine_on(bundle, file).run, sequences, pad), expected).min() >= MIN_COSINE
 
 
 def test_report_says_what_was_left_out(made: dict[str, Bundle]) -> None:
