@@ -156,7 +156,8 @@ def start_peer(kind: PeerKind, checkpoint: Path, threads: int, folder: Path) -> 
     if reason is not None:
         return reason
     python, script = _ROOT / kind.environment / "bin" / "python", Path(__file__).resolve().parent / kind.script
-    command = [str(python), str(script), str(checkpoint.absolute()), kind.argument, str(threads)]
+    # -P: a script's own folder comes first on its path otherwise, and bench/optimum.py would hide optimum itself.
+    command = [str(python), "-P", str(script), str(checkpoint.absolute()), kind.argument, str(threads)]
     try:
         return Peer(kind.name, command, folder / f"{kind.name.replace(' ', '-')}.log")
     except PeerError as error:
