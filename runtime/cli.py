@@ -1,4 +1,4 @@
-"""The verbs that need only the runtime: embed, serve, inspect. `export.cli` adds the others."""
+"""The verbs that need only the runtime: embed, inspect, serve, reload. `export.cli` adds the others."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import typer
 import runtime
 from runtime import console
 from runtime.errors import InputError, missing_extra
+from runtime.serve_cli import reload_command, serve_command
 
 app = typer.Typer(
     name="f2rt",
@@ -52,6 +53,9 @@ def embed_command(
     instruction: Annotated[str | None, typer.Option(help="The prompt's text itself.")] = None,
     dim: Annotated[int | None, typer.Option(help="Only the first N dimensions, normalized again.")] = None,
     engine: Annotated[str, typer.Option(help="Engine of the bundle.")] = "auto",
+    model: Annotated[str, typer.Option(help="Model of the server; its default without it.")] = "",
+    key: Annotated[str, typer.Option(help="API key.", envvar="F2RT_API_KEY", show_envvar=True)] = "",
+    tls_ca: Annotated[Path | None, typer.Option(help="Authority of the server's certificate, PEM.")] = None,
     output_format: Annotated[str, typer.Option("--format", help="json (a line per text) or npy (one array).")] = "json",
 ) -> None:
     """Embed texts, here or on a server, and print the vectors."""
@@ -73,8 +77,8 @@ def embed_command(
             except ModuleNotFoundError as error:
                 raise missing_extra(str(error.name), "serve") from error
 
-            with EmbeddingClient(server) as client:
-                answer = client.embed(texts, prompt_name=prompt, prompt=instruction, dimensions=dim)
+            with EmbeddingClient(server, key=key or None, tls_ca=tls_ca) as client:
+                answer = client.embed(texts, prompt_name=prompt, prompt=instruction, dimensions=dim, model=model)
                 vectors, tokens, fingerprint = (
                     answer.vectors,
                     [i.tokens for i in answer.items],
@@ -167,30 +171,8 @@ def inspect_command(
             screen.print("all files have the recorded hashes")
 
 
-@app.command("serve")
-def serve_command(
-    bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
-    engine: Annotated[
-        str, typer.Option(help="auto, or a name such as onnxruntime:fp32.", envvar="F2RT_ENGINE")
-    ] = "auto",
-    grpc: Annotated[
-        str, typer.Option(help="HOST:PORT; port 0 takes a free one.", envvar="F2RT_GRPC")
-    ] = "127.0.0.1:50051",
-    threads: Annotated[int, typer.Option(help="Engine threads; 0: one per core.", envvar="F2RT_THREADS")] = 0,
-    cuda_graphs: Annotated[
-        bool, typer.Option(help="On a GPU, replay shapes that come back as CUDA graphs.", envvar="F2RT_CUDA_GRAPHS")
-    ] = True,
-) -> None:
-    """Serve one proven engine of a bundle over gRPC until SIGTERM or Ctrl-C."""
-    with console.readable_errors():
-        try:
-            import runtime.server as server
-        except ModuleNotFoundError as error:
-            raise missing_extra(str(error.name), "serve") from error
-        from runtime.settings import EngineSettings, ServeSettings
-
-        engine_settings = EngineSettings(threads=threads, cuda_graphs=cuda_graphs)
-        server.serve(bundle, engine, engine_settings, ServeSettings(grpc_address=grpc))
+app.command("serve")(serve_command)
+app.command("reload")(reload_command)
 
 
 def main() -> None:

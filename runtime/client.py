@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import grpc
 import numpy as np
+from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from numpy.typing import NDArray
 
@@ -17,6 +19,8 @@ from runtime._pb.f2rt.v1 import embedding_pb2 as pb
 from runtime._pb.f2rt.v1 import embedding_pb2_grpc as pb_grpc
 from runtime.encoding import OutputDType, decode
 from runtime.errors import (
+    AccessError,
+    BundleError,
     DeadlineError,
     EngineError,
     F2rtError,
@@ -42,6 +46,8 @@ _TRUNCATE = {
 _ERRORS: dict[grpc.StatusCode, type[F2rtError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InputError,
     grpc.StatusCode.NOT_FOUND: NotFoundError,
+    grpc.StatusCode.UNAUTHENTICATED: AccessError,
+    grpc.StatusCode.FAILED_PRECONDITION: BundleError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: OverloadedError,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineError,
     grpc.StatusCode.UNAVAILABLE: UnavailableError,
@@ -115,21 +121,54 @@ class ServerInfo:
     min_cosine: float
     version: str
     selection: str
+    name: str = ""
+    models: list[str] = field(default_factory=list)
+    state: str = ""
+    golden_cosine: float = 0.0
+
+
+@dataclass(frozen=True)
+class Reloaded:
+    """A switch of engines: the fingerprints before and after, and the new engine's name."""
+
+    model: str
+    old_fingerprint: str
+    new_fingerprint: str
+    engine: str
 
 
 class EmbeddingClient:
     """A connection to one server. Thread-safe; close it, or use it as a context manager."""
 
-    def __init__(self, target: str, *, timeout_s: float = 60.0) -> None:
-        """Open a channel to HOST:PORT or unix:PATH; nothing is sent yet. `timeout_s` bounds each call."""
+    def __init__(
+        self,
+        target: str,
+        *,
+        timeout_s: float = 60.0,
+        key: str | None = None,
+        tls_ca: Path | None = None,
+        tls_certificate: Path | None = None,
+        tls_key: Path | None = None,
+    ) -> None:
+        """Open a channel to HOST:PORT or unix:PATH; nothing is sent yet. `timeout_s` bounds each call.
+
+        With `tls_ca`, the PEM file of the server's authority, the channel is encrypted; a certificate and its key show
+        who asks. `key` is an API key.
+        """
         self._target = target
         self._timeout_s = timeout_s
         options = [
             ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
             ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
         ]
-        self._channel = grpc.insecure_channel(target, options=options)
+        self._metadata = (("authorization", f"Bearer {key}"),) if key else ()
+        if tls_ca is None:
+            self._channel = grpc.insecure_channel(target, options=options)
+        else:
+            files = [None if file is None else file.read_bytes() for file in (tls_ca, tls_key, tls_certificate)]
+            self._channel = grpc.secure_channel(target, grpc.ssl_channel_credentials(*files), options=options)
         self._stub = pb_grpc.EmbeddingServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._admin = pb_grpc.AdminServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._health = health_pb2_grpc.HealthStub(self._channel)
 
     def __enter__(self) -> EmbeddingClient:
@@ -156,6 +195,7 @@ class EmbeddingClient:
         truncate: Truncate | None = None,
         dtype: OutputDType = OutputDType.FLOAT32,
         request_id: str = "",
+        model: str = "",
         timeout_s: float | None = None,
     ) -> EmbedAnswer:
         """Embed texts, or token ids used verbatim. What is None is left to the server.
@@ -169,18 +209,52 @@ class EmbeddingClient:
                 normalize=normalize,
                 dtype=_DTYPES[dtype],
                 request_id=request_id,
+                model=model,
             )
         response: pb.EmbedResponse = self._call(self._stub.Embed, request, timeout_s)
-        scales = np.array([i.scale for i in response.items], np.float32)
-        t = response.timings
-        return EmbedAnswer(
-            vectors=decode(response.embeddings, response.rows, response.dim, dtype, scales),
-            items=[EmbeddedItem(i.tokens, i.original_tokens, i.truncated) for i in response.items],
-            timings=Timings(t.tokenize_ms, t.queue_ms, t.infer_ms, t.total_ms),
-            fingerprint=response.fingerprint,
-            trained_dimension=response.trained_dimension,
-            request_id=response.request_id,
-        )
+        return _answer(response, dtype)
+
+    def embed_stream(
+        self,
+        requests: Iterable[Sequence[str]],
+        *,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        dimensions: int | None = None,
+        truncate: Truncate | None = None,
+        dtype: OutputDType = OutputDType.FLOAT32,
+        model: str = "",
+        timeout_s: float | None = None,
+    ) -> Iterator[EmbedAnswer | F2rtError]:
+        """Embed many lists of texts over one stream; yields an answer, or the error of that list, for each in turn.
+
+        `timeout_s` bounds the whole stream; None: no bound. Raises UnavailableError when the stream itself breaks.
+        """
+
+        def messages() -> Iterator[pb.EmbedRequest]:
+            for texts in requests:
+                with _input_errors():
+                    yield pb.EmbedRequest(
+                        input=_input(texts, None, prompt_name, prompt, truncate),
+                        dimensions=_checked_dimensions(dimensions),
+                        dtype=_DTYPES[dtype],
+                        model=model,
+                    )
+
+        try:
+            for item in self._stub.EmbedStream(messages(), timeout=timeout_s, metadata=self._metadata):
+                if item.WhichOneof("result") == "response":
+                    yield _answer(item.response, dtype)
+                else:
+                    code = next(code for code in grpc.StatusCode if code.value[0] == item.error.code)
+                    yield _error(code, item.error.message, item.error.retry_after_s or None)
+        except grpc.RpcError as error:
+            raise self._translate(error) from error
+
+    def reload(self, *, model: str = "", engine: str = "") -> Reloaded:
+        """Have the server load a model's bundle again and switch to it. Raises what is wrong with the bundle."""
+        r = self._call(self._admin.Reload, pb.ReloadRequest(model=model, engine=engine), None)
+        return Reloaded(r.model, r.old_fingerprint, r.new_fingerprint, r.engine)
 
     def explain(
         self,
@@ -208,9 +282,9 @@ class EmbeddingClient:
             for i in response.items
         ]
 
-    def info(self) -> ServerInfo:
-        """Return what the server says of itself. Raises UnavailableError or DeadlineError."""
-        r: pb.InfoResponse = self._call(self._stub.Info, pb.InfoRequest(), None)
+    def info(self, model: str = "") -> ServerInfo:
+        """Return what the server says of a model, or of its default. Raises NotFoundError, UnavailableError."""
+        r: pb.InfoResponse = self._call(self._stub.Info, pb.InfoRequest(model=model), None)
         return ServerInfo(
             model=r.model,
             revision=r.revision,
@@ -230,6 +304,10 @@ class EmbeddingClient:
             min_cosine=r.min_cosine,
             version=r.version,
             selection=r.selection,
+            name=r.name,
+            models=list(r.models),
+            state=r.state,
+            golden_cosine=r.golden_cosine,
         )
 
     def ready(self) -> bool:
@@ -254,7 +332,8 @@ class EmbeddingClient:
 
     def _call(self, method: Callable[..., Any], request: Any, timeout_s: float | None) -> Any:
         try:
-            return method(request, timeout=self._timeout_s if timeout_s is None else timeout_s)
+            wait_s = self._timeout_s if timeout_s is None else timeout_s
+            return method(request, timeout=wait_s, metadata=self._metadata)
         except grpc.RpcError as error:
             raise self._translate(error) from error
 
@@ -266,7 +345,38 @@ class EmbeddingClient:
             )
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
             return InputError(f"the message is too large: {details}.", cure="Split the request.")
-        return _ERRORS.get(code, EngineError)(details or f"the server answered {code.name}.")
+        return _error(code, details, _retry_after_s(error))
+
+
+def _error(code: grpc.StatusCode, details: str, retry_after_s: float | None) -> F2rtError:
+    """Return the error that a status stands for."""
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and retry_after_s is not None:
+        return OverloadedError(details, retry_after_s=retry_after_s)
+    return _ERRORS.get(code, EngineError)(details or f"the server answered {code.name}.")
+
+
+def _retry_after_s(error: Any) -> float | None:
+    """Return what a server's RetryInfo says, in seconds, or None."""
+    for name, value in error.trailing_metadata() or ():
+        if name == "grpc-status-details-bin":
+            for detail in status_pb2.Status.FromString(value).details:
+                info = error_details_pb2.RetryInfo()
+                if detail.Unpack(info):
+                    return float(info.retry_delay.ToMilliseconds()) / 1e3
+    return None
+
+
+def _answer(response: pb.EmbedResponse, dtype: OutputDType) -> EmbedAnswer:
+    scales = np.array([i.scale for i in response.items], np.float32)
+    t = response.timings
+    return EmbedAnswer(
+        vectors=decode(response.embeddings, response.rows, response.dim, dtype, scales),
+        items=[EmbeddedItem(i.tokens, i.original_tokens, i.truncated) for i in response.items],
+        timings=Timings(t.tokenize_ms, t.queue_ms, t.infer_ms, t.total_ms),
+        fingerprint=response.fingerprint,
+        trained_dimension=response.trained_dimension,
+        request_id=response.request_id,
+    )
 
 
 @contextlib.contextmanager

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.batch import make_batch
+from runtime.batch import Batch, make_batch
 from runtime.bundle import Bundle
 from runtime.errors import EngineError, InputError
 from runtime.loader import LoadedEngine, load_engine
@@ -21,7 +21,7 @@ from runtime.scheduler import plan
 from runtime.settings import EngineSettings, Limits
 from runtime.tokenizer import Instruction, TokenizedText, Truncate
 
-__all__ = ["EmbedResult", "Embedder", "open_embedder"]
+__all__ = ["EmbedResult", "Embedder", "finish", "not_finite", "open_embedder"]
 
 
 @dataclass(frozen=True)
@@ -71,29 +71,44 @@ class Embedder:
 
     def tokenize(self, texts: Sequence[str], instruction: Instruction, truncate: Truncate) -> list[TokenizedText]:
         """Tokenize after checking the limits on items and characters. Raises InputError, NotFoundError."""
+        self.check_texts(texts, instruction)
+        return self.check_tokens(self.encode(texts, instruction, truncate))
+
+    def encode(
+        self, texts: Sequence[str], instruction: Instruction, truncate: Truncate, *, first: int = 0
+    ) -> list[TokenizedText]:
+        """Tokenize some of a request's texts, from number `first` on. Raises InputError, NotFoundError."""
+        return self.loaded.tokenizer.encode(texts, instruction, truncate, first=first)
+
+    def check_texts(self, texts: Sequence[str], instruction: Instruction) -> None:
+        """Check what bounds tokenization before it starts. Raises InputError, NotFoundError."""
         self._check_count(len(texts))
         prompt_chars = len(self.loaded.tokenizer.prompt_text(instruction))
-        parts = [("the prompt", prompt_chars), *((f"text {i}", len(text)) for i, text in enumerate(texts))]
-        for what, chars in parts:
-            if chars > self.limits.max_text_chars:
-                raise InputError(
-                    f"{what} has {chars} characters; the limit is {self.limits.max_text_chars}.",
-                    cure="Split it, or embed it in parts.",
-                )
+        total = prompt_chars * len(texts)
+        for index, text in enumerate(texts):
+            total += len(text)
+            if len(text) > self.limits.max_text_chars:
+                self._refuse_chars(f"text {index}", len(text))
+        if prompt_chars > self.limits.max_text_chars:
+            self._refuse_chars("the prompt", prompt_chars)
         # The prompt stands before every text, so a short request with a long prompt is a long request.
-        total = sum(map(len, texts)) + prompt_chars * len(texts)
         if total > self.limits.max_request_chars:
             raise InputError(
                 f"the request has {total} characters, {prompt_chars} of them in the prompt of each of {len(texts)} "
                 f"texts; the limit is {self.limits.max_request_chars}.",
                 cure="Split the request, or shorten the prompt.",
             )
-        return self._check_tokens(self.loaded.tokenizer.encode(texts, instruction, truncate))
 
-    def verbatim(self, sequences: Sequence[Sequence[int]]) -> list[TokenizedText]:
+    def _refuse_chars(self, what: str, chars: int) -> None:
+        raise InputError(
+            f"{what} has {chars} characters; the limit is {self.limits.max_text_chars}.",
+            cure="Split it, or embed it in parts.",
+        )
+
+    def verbatim(self, sequences: Collection[Sequence[int]]) -> list[TokenizedText]:
         """Accept token ids as they are. Raises InputError."""
         self._check_count(len(sequences))
-        return self._check_tokens(self.loaded.tokenizer.verbatim(sequences))
+        return self.check_tokens(self.loaded.tokenizer.verbatim(sequences))
 
     def infer(self, items: Sequence[TokenizedText]) -> NDArray[np.float32]:
         """Run the engine; float32 [items, dim], unit length, in the order of `items`. Raises EngineError."""
@@ -108,18 +123,17 @@ class Embedder:
 
     def infer_rows(self, items: Sequence[TokenizedText], rows: Sequence[int]) -> NDArray[np.float32]:
         """Run one batch, the items at `rows`; float32 [rows, dim]. Raises EngineError."""
-        batch = make_batch([items[row].ids for row in rows], self.contract.pad_id)
-        with self._lock:
-            vectors = self.loaded.engine.run(batch)
+        vectors = self.run(make_batch([items[row].ids for row in rows], self.contract.pad_id))
         bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
         if len(bad):
             row = rows[int(bad[0])]
-            raise EngineError(
-                f"{self.loaded.engine.name} gave a vector that is not finite for item {row} "
-                f"({len(items[row].ids)} tokens).",
-                cure="Run f2rt parity on the bundle with this text.",
-            )
+            raise not_finite(self.loaded.engine.name, row, len(items[row].ids))
         return vectors
+
+    def run(self, batch: Batch) -> NDArray[np.float32]:
+        """Run one batch, alone; float32 [rows, dim], not looked at. Raises EngineError."""
+        with self._lock:
+            return self.loaded.engine.run(batch)
 
     def check_dimensions(self, dimensions: int | None) -> None:
         """Raise InputError unless `dimensions` is None or within 1 and the full dimension."""
@@ -140,7 +154,8 @@ class Embedder:
                 cure="Send at least one text." if count < 1 else "Split the request.",
             )
 
-    def _check_tokens(self, items: list[TokenizedText]) -> list[TokenizedText]:
+    def check_tokens(self, items: list[TokenizedText]) -> list[TokenizedText]:
+        """Return `items` if the engine takes their lengths and the limits their sum. Raises InputError."""
         longest = self.loaded.engine.max_tokens
         for index, item in enumerate(items):
             if longest is not None and len(item.ids) > longest:
@@ -156,6 +171,14 @@ class Embedder:
                 cure="Split the request.",
             )
         return items
+
+
+def not_finite(engine: str, item: int, tokens: int) -> EngineError:
+    """Return the error for an item whose vector holds NaN or infinity."""
+    return EngineError(
+        f"{engine} gave a vector that is not finite for item {item} ({tokens} tokens).",
+        cure="Run f2rt parity on the bundle with this text.",
+    )
 
 
 def finish(vectors: NDArray[np.float32], dimensions: int | None, normalize: bool) -> NDArray[np.float32]:

@@ -4,6 +4,7 @@
     ├── InputError             a request, file or argument the caller has to change
     │   └── CheckpointError    a checkpoint that breaks the contract; names the file and the field
     ├── NotFoundError          an engine, model or prompt that does not exist
+    ├── AccessError            no API key, or a wrong one
     ├── OverloadedError        full: come back later
     ├── DeadlineError          could not be answered in time
     ├── UnavailableError       not ready, draining, or the server cannot be reached
@@ -63,8 +64,16 @@ class NotFoundError(F2rtError):
     """No such engine, model or prompt."""
 
 
+class AccessError(F2rtError):
+    """No key, or not a known one."""
+
+
 class OverloadedError(F2rtError):
-    """The server is full."""
+    """The server is full. `retry_after_s`: when it is worth asking again."""
+
+    def __init__(self, message: str, *, cure: str = "", retry_after_s: float = 1.0) -> None:
+        super().__init__(message, cure=cure)
+        self.retry_after_s = retry_after_s
 
 
 class DeadlineError(F2rtError):
@@ -115,6 +124,7 @@ class Status:
 STATUS: dict[type[F2rtError], Status] = {
     InputError: Status("INVALID_ARGUMENT", 400),
     NotFoundError: Status("NOT_FOUND", 404),
+    AccessError: Status("UNAUTHENTICATED", 401),
     OverloadedError: Status("RESOURCE_EXHAUSTED", 429),
     DeadlineError: Status("DEADLINE_EXCEEDED", 504),
     UnavailableError: Status("UNAVAILABLE", 503),

@@ -95,7 +95,11 @@ def check_engine(engine: Engine, golden: Golden, pad_id: int) -> float:
 
     Returns the smallest cosine. Raises UnverifiedError naming the worst text, its cosine and the limit.
     """
-    vectors = engine.run(make_batch(golden.ids, pad_id))
+    return compare(engine, engine.run(make_batch(golden.ids, pad_id)), golden)
+
+
+def compare(engine: Engine, vectors: NDArray[np.float32], golden: Golden) -> float:
+    """Compare an engine's vectors for the golden texts, row by row. Returns and raises as `check_engine` does."""
     limit = tolerance(engine.precision).min_cosine
     if vectors.shape != golden.embeddings.shape:
         raise UnverifiedError(

@@ -1,15 +1,29 @@
-"""Which items share a batch: pure planning, no clock and no I/O.
+"""Which items share a batch, and whose turn it is: pure planning, no clock and no I/O. Times are given, in seconds.
 
-The cost of a batch is rows x width, so items of similar length go together. Within one call for now; the queue across
-requests plans with the same function.
+A batch costs rows x width, so items of similar length go together. Whose turn it is follows self-clocked fair queueing
+(Golestani, 1994): every item of a request gets a finish tag, the queue's virtual time plus the tokens of the request's
+items up to and including this one, and the smallest tag is served next. Virtual time is the tag last served. A short
+request so passes what is left of a long one and waits for a fair share only; requests of one size are served in order;
+nothing starves, since virtual time moves on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import heapq
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from runtime.errors import InputError
-from runtime.settings import Limits
+from runtime.cost import CostModel
+from runtime.errors import DeadlineError, InputError, OverloadedError
+from runtime.settings import Limits, SchedulingSettings
+
+_CANDIDATE_ITEMS = 64  # looked at for one batch: enough to find neighbours in length, few enough to cost nothing
+_WASTE = 0.04  # of a batch that padding may be in any case
+
+Shape = Callable[[int, int], int]
+"""Padded tokens that the engine computes for a batch of rows and width; rows x width unless it has fixed shapes."""
 
 
 def plan(lengths: Sequence[int], limits: Limits) -> list[list[int]]:
@@ -34,3 +48,269 @@ def plan(lengths: Sequence[int], limits: Limits) -> list[list[int]]:
     if current:
         batches.append(current)
     return batches
+
+
+@dataclass(eq=False)
+class Ticket:
+    """One request in the queue: the lengths of its items, in tokens, and the time after which it is worth nothing."""
+
+    lengths: Sequence[int]
+    deadline_s: float | None = None
+    payload: Any = field(default=None, repr=False)  # what it is for: not looked at here
+    # The queue's own. `order`: item indices, longest first, so that neighbours have similar lengths.
+    order: list[int] = field(default_factory=list, repr=False)
+    tag: float = 0.0
+    number: int = 0
+    waiting_tokens: int = 0  # of the items that are in no batch yet
+    open: bool = False
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A batch: tickets with the indices of their items, row by row, and its width in tokens."""
+
+    rows: list[tuple[Ticket, int]]
+    width: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens without padding."""
+        return sum(ticket.lengths[index] for ticket, index in self.rows)
+
+    @property
+    def padded_tokens(self) -> int:
+        """Return rows x width."""
+        return len(self.rows) * self.width
+
+
+class FairQueue:
+    """Requests that wait for one engine. Bounded; not thread-safe.
+
+    A request is admitted or refused whole. `expired` collects tickets that ran out of time while they waited, for the
+    owner to tell.
+    """
+
+    def __init__(
+        self,
+        limits: Limits,
+        settings: SchedulingSettings,
+        cost: CostModel | None = None,
+        shape: Shape = lambda rows, width: rows * width,
+    ) -> None:
+        self.cost = cost or CostModel()
+        self.expired: list[Ticket] = []
+        self.tokens = 0
+        self.items = 0
+        self._limits = limits
+        self._settings = settings
+        self._shape = shape
+        self._heap: list[tuple[float, int, Ticket]] = []
+        self._tickets = 0
+        self._virtual = 0.0
+        self._numbers = itertools.count()
+        self._busy_since_s: float | None = None
+
+    def __len__(self) -> int:
+        return self._tickets
+
+    def check_door(self, now_s: float) -> None:
+        """Raise OverloadedError when no request can be admitted now. Costs nothing: it is asked before tokenization.
+
+        A burst may fill the queue up to `max_wait_ms`; a queue that was not empty for `burst_ms` is no burst but
+        overload, and is kept at `standing_wait_ms`: longer, it would add latency and not one answer.
+        """
+        settings = self._settings
+        if self._tickets >= settings.max_waiting_requests:
+            self._refuse(f"{self._tickets} requests are waiting; the limit is {settings.max_waiting_requests}")
+        if self.items >= settings.max_waiting_items:
+            self._refuse(f"{self.items} texts are waiting; the limit is {settings.max_waiting_items}")
+        if self.tokens >= settings.max_waiting_tokens:
+            self._refuse(f"{self.tokens} tokens are waiting; the limit is {settings.max_waiting_tokens}")
+        if not self._tickets:
+            return
+        wait_ms = self.wait_ms()
+        if wait_ms > settings.max_wait_ms:
+            self._refuse(f"the wait is {wait_ms:.0f} ms; the limit is {settings.max_wait_ms:g} ms")
+        if self._busy_since_s is not None and 1e3 * (now_s - self._busy_since_s) > settings.burst_ms:
+            standing_ms = self.standing_wait_ms
+            if wait_ms > standing_ms:
+                self._refuse(
+                    f"requests have been waiting for {now_s - self._busy_since_s:.1f} s without a pause and the wait "
+                    f"is {wait_ms:.0f} ms; in lasting overload the limit is {standing_ms:.0f} ms"
+                )
+
+    @property
+    def standing_wait_ms(self) -> float:
+        """The wait that a lasting queue may have: a few efficient batches."""
+        return self._settings.standing_batches * self.cost.batch_ms(self.budget)
+
+    @property
+    def budget(self) -> int:
+        """Padded tokens of a batch: no more than it takes to be efficient, so that nobody waits behind a longer one."""
+        least, most = self._settings.least_batch_tokens, self._limits.max_batch_tokens
+        return min(max(self.cost.efficient_tokens(self._settings.efficiency), least), most)
+
+    def wait_ms(self) -> float:
+        """Return how long all that waits will take."""
+        batches = -(-self.tokens // self.budget)
+        return self.cost.fixed_ms * batches + self.cost.token_ms * self.tokens
+
+    def admit(self, ticket: Ticket, now_s: float, *, bounded: bool = True) -> None:
+        """Take in a request; one that is not `bounded` however much waits.
+
+        Raises OverloadedError, DeadlineError, or InputError for an item without tokens.
+        """
+        if min(ticket.lengths) < 1:
+            raise InputError("an item has no tokens.", cure="Every item needs at least one token.")
+        count, tokens = len(ticket.lengths), sum(ticket.lengths)
+        if bounded:
+            self._check_room(ticket, count, tokens, now_s)
+        ticket.order = sorted(range(count), key=lambda i: -ticket.lengths[i])
+        ticket.number, ticket.waiting_tokens, ticket.open = next(self._numbers), tokens, True
+        if not self._tickets:
+            self._busy_since_s = now_s
+        self._tickets += 1
+        self.tokens += tokens
+        self.items += count
+        self._push(ticket, self._virtual)
+
+    def _check_room(self, ticket: Ticket, count: int, tokens: int, now_s: float) -> None:
+        self.check_door(now_s)
+        settings = self._settings
+        # What is too large for the queue, and not for the server, gets it when it is empty.
+        for waiting, own, limit, what in (
+            (self.tokens, tokens, settings.max_waiting_tokens, "tokens"),
+            (self.items, count, settings.max_waiting_items, "texts"),
+        ):
+            if self._tickets and waiting + own > limit:
+                self._refuse(f"{waiting} {what} are waiting and this request has {own}; the limit is {limit}")
+        if ticket.deadline_s is not None:
+            needed_ms, left_ms = self.finish_ms(ticket), 1e3 * (ticket.deadline_s - now_s)
+            if needed_ms > left_ms:
+                raise DeadlineError(
+                    f"the answer would take {needed_ms:.0f} ms, and the deadline leaves {max(left_ms, 0):.0f} ms.",
+                    cure="Allow more time, send fewer texts, or ask another replica.",
+                )
+
+    def finish_ms(self, ticket: Ticket) -> float:
+        """Return how long the request would take from now: its own work, and the fair share of all that waits.
+
+        While it is served, no other request gets more tokens than it does.
+        """
+        own = sum(ticket.lengths)
+        ahead = sum(min(other.waiting_tokens, own) for _, _, other in self._heap if other.open)
+        batches = max(1, -(-(own + ahead) // self.budget))
+        return self.cost.fixed_ms * batches + self.cost.token_ms * (own + ahead)
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Drop what of a request is in no batch yet. Unknown and finished ones are none."""
+        if ticket.open:
+            self._close(ticket)
+
+    def next_batch(self, now_s: float) -> Planned | None:
+        """Take the next batch out of the queue; None when nothing waits. What expired is dropped first."""
+        candidates = self._candidates(now_s)
+        if not candidates:
+            return None
+        chosen = self._choose(candidates)
+        self._virtual = max(self._virtual, candidates[0][0].tag)
+        taken: dict[Ticket, list[int]] = {ticket: [] for ticket, _ in candidates}
+        for ticket, index in chosen:
+            taken[ticket].append(index)
+        for ticket, indices in taken.items():
+            self._take(ticket, indices)
+        self._rest(now_s)
+        return Planned(chosen, max(ticket.lengths[index] for ticket, index in chosen))
+
+    def _candidates(self, now_s: float) -> list[tuple[Ticket, int]]:
+        """Take tickets off the heap until enough items are known, the one whose turn it is first."""
+        found: list[tuple[Ticket, int]] = []
+        tokens, budget, rows = 0, self.budget, self._limits.max_batch_rows
+        while self._heap and len(found) < _CANDIDATE_ITEMS and tokens < 4 * budget:
+            _, _, ticket = heapq.heappop(self._heap)
+            if not ticket.open:
+                continue
+            if ticket.deadline_s is not None and now_s + 1e-3 * self._least_ms(ticket) > ticket.deadline_s:
+                self._close(ticket)
+                self.expired.append(ticket)
+                continue
+            # No more of one request than a batch takes: whoever comes after it has a chance to be in this round.
+            width = ticket.lengths[ticket.order[0]]
+            most = min(rows, max(1, budget // width))
+            for index in ticket.order[:most]:
+                found.append((ticket, index))
+                tokens += ticket.lengths[index]
+        self._rest(now_s)
+        return found
+
+    def _least_ms(self, ticket: Ticket) -> float:
+        """Return the time that what is left of a request takes when it has the engine to itself."""
+        return self.cost.batch_ms(ticket.waiting_tokens) if self.cost.observations else 0.0
+
+    def _choose(self, candidates: list[tuple[Ticket, int]]) -> list[tuple[Ticket, int]]:
+        """Return the most efficient batch that has the first candidate in it.
+
+        Candidates sorted by length: for each width from the first one's own upwards, rows are added downwards while the
+        padding costs less than a batch of its own would. The best is the one with most real tokens for its cost.
+        """
+        order = sorted(range(len(candidates)), key=lambda k: candidates[k][0].lengths[candidates[k][1]])
+        lengths = [candidates[k][0].lengths[candidates[k][1]] for k in order]
+        head, budget, rows = order.index(0), self.budget, self._limits.max_batch_rows
+        spare = self.cost.break_even_tokens
+        best, best_score = (head, head), lengths[head] / (spare + self._shape(1, lengths[head]))
+        for top in range(head, len(order)):
+            width, real = lengths[top], 0
+            if top + 1 < len(order) and lengths[top + 1] == width:
+                continue  # the last of equal lengths takes in the others
+            for bottom in range(top, -1, -1):
+                count = top - bottom + 1
+                padded = count * width
+                real += lengths[bottom]
+                too_large = count > 1 and (count > rows or padded > budget)
+                if too_large or padded - real > max(spare, _WASTE * padded):
+                    break
+                score = real / (spare + self._shape(count, width))
+                if bottom <= head and score > best_score:
+                    best, best_score = (bottom, top), score
+        bottom, top = best
+        return [candidates[k] for k in order[bottom : top + 1]]
+
+    def _take(self, ticket: Ticket, indices: list[int]) -> None:
+        """Count items of a ticket that was off the heap as served, and put it back where its next item stands."""
+        if not indices:
+            heapq.heappush(self._heap, (ticket.tag, ticket.number, ticket))
+            return
+        first = ticket.lengths[ticket.order[0]]
+        served = sum(ticket.lengths[i] for i in indices)
+        gone = set(indices)
+        ticket.order = [i for i in ticket.order if i not in gone] if len(ticket.lengths) > 1 else []
+        ticket.waiting_tokens -= served
+        self.tokens -= served
+        self.items -= len(indices)
+        if ticket.order:
+            # The tag was that of its first item; what was served besides counts as well.
+            self._push(ticket, ticket.tag + served - first)
+        else:
+            ticket.open = False
+            self._tickets -= 1
+
+    def _push(self, ticket: Ticket, start: float) -> None:
+        ticket.tag = start + ticket.lengths[ticket.order[0]]
+        heapq.heappush(self._heap, (ticket.tag, ticket.number, ticket))
+
+    def _close(self, ticket: Ticket) -> None:
+        """Forget what is left of a request; its place in the heap is skipped when it comes up."""
+        ticket.open = False
+        self._tickets -= 1
+        self.items -= len(ticket.order)
+        self.tokens -= ticket.waiting_tokens
+
+    def _rest(self, now_s: float) -> None:
+        if not self._tickets:
+            self._heap.clear()
+            self._busy_since_s = None
+            self._virtual = 0.0
+
+    def _refuse(self, reason: str) -> None:
+        retry_s = max(self.wait_ms() / 2e3, 0.05)
+        raise OverloadedError(f"{reason}.", cure=f"Try again in {retry_s:.2g} s.", retry_after_s=retry_s)

@@ -1,4 +1,4 @@
-"""The server's life: load and prove, listen, serve, drain, stop. Knows no request."""
+"""The server's life: load and prove, warm up, listen, serve, switch, drain, stop. Knows no request."""
 
 from __future__ import annotations
 
@@ -6,153 +6,205 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
+import resource
 import signal
-from collections.abc import Awaitable, Callable
+import sys
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-import grpc
-from google.protobuf.message import DecodeError
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
-
-from runtime._pb.f2rt.v1 import embedding_pb2_grpc as pb_grpc
 from runtime.bundle import open_bundle
-from runtime.embedder import Embedder, open_embedder
-from runtime.errors import InputError, status_of
-from runtime.service import SERVICE_NAME, EmbeddingService
-from runtime.settings import EngineSettings, ServeSettings
+from runtime.embedder import open_embedder
+from runtime.errors import F2rtError
+from runtime.serving.access import Keys
+from runtime.serving.logs import configure
+from runtime.serving.metrics import EngineMetrics, Metrics
+from runtime.serving.model import Model, Proven, load
+from runtime.serving.models import Models
+from runtime.serving.pipeline import Pipeline
+from runtime.serving.shadow import Shadow
+from runtime.settings import EngineSettings, ModelSettings, ServeSettings
+from runtime.wire.grpc_server import GrpcServer, read_pem
+from runtime.wire.http_server import HttpServer
 
 log = logging.getLogger("f2rt.server")
 
-_SERVING = health_pb2.HealthCheckResponse.SERVING
-_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
-_FLUSH_S = 0.2  # for the last bytes of what was answered
+# Python's threads take turns at most this often. Its default of 5 ms is the time of several short texts.
+_SWITCH_S = 0.0005
 
 
-class GrpcServer:
-    """One listening gRPC server on one embedder."""
+class Server:
+    """All ports on all models of one process."""
 
-    def __init__(self, embedder: Embedder, settings: ServeSettings) -> None:
-        """Build the server without listening. Must be called inside the event loop that will run it."""
+    def __init__(self, models: Models, settings: ServeSettings) -> None:
+        """Build without listening. Must be called inside the event loop. Raises InputError for keys or TLS files."""
         self.settings = settings
-        self.service = EmbeddingService(embedder, settings)
-        self._health = _Health()
-        self._server = grpc.aio.server(
-            interceptors=[_ReadableRequests()],
-            options=[
-                ("grpc.max_receive_message_length", settings.max_message_bytes),
-                ("grpc.max_send_message_length", settings.max_message_bytes),
-                # Two servers on one port would share its connections unseen.
-                ("grpc.so_reuseport", 0),
-            ],
-        )
-        pb_grpc.add_EmbeddingServiceServicer_to_server(self.service, self._server)  # type: ignore[no-untyped-call]
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        self._names = ["", SERVICE_NAME]
-        reflection.enable_server_reflection([SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server)
+        self.models = models
+        self._keys = Keys(settings.keys_file)
+        self._grpc = GrpcServer(models, settings, self._keys)
+        self._http = HttpServer(models, settings, self._keys) if settings.http_address else None
+        self._tasks: set[asyncio.Task[None]] = set()
+        models.watch(self._state_changed)
 
-    async def start(self) -> str:
-        """Listen and report SERVING. Returns the address with the port really taken. Raises InputError."""
-        address = self.settings.grpc_address
-        try:
-            port = self._server.add_insecure_port(address)
-        except RuntimeError as error:
-            raise InputError(
-                f"cannot listen on {address}: it is in use, or not an address of this machine.",
-                cure="Choose another one with --grpc HOST:PORT.",
-            ) from error
-        await self._server.start()
-        for name in self._names:
-            await self._health.set(name, _SERVING)
-        return address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
+    async def start(self) -> tuple[str, str]:
+        """Listen. Returns the addresses of gRPC and of HTTP, "" for none. Raises InputError."""
+        grpc_address = self._grpc.start()
+        http_address = await self._http.start() if self._http else ""
+        return grpc_address, http_address
+
+    def reload(self) -> None:
+        """Begin to read the keys and to load every model again. What fails is logged, and the old one answers on."""
+        self._background(self._reload())
 
     async def stop(self) -> None:
         """Report NOT_SERVING, refuse new requests, finish what was admitted within `drain_s`, and stop."""
-        self.service.draining = True
-        for name in self._names:
-            await self._health.set(name, _NOT_SERVING)
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self.service.idle(), self.settings.drain_s)
-        # What is still open now is over its time, or a stream that never ends by itself, such as a health Watch. Until
-        # here the port stays open: refusals and NOT_SERVING reach their clients. Never stop twice: grpc.aio crashes.
-        await self._server.stop(_FLUSH_S)
-        await asyncio.get_running_loop().run_in_executor(None, self.service.close)
+        self.models.drain()
+        # Until here ports stay open: refusals and NOT_SERVING reach their clients.
+        loop, limit_s = asyncio.get_running_loop(), self.settings.drain_s
+        waiting: list[Awaitable[object]] = [loop.run_in_executor(None, self._grpc.wait_idle, limit_s)]
+        if self._http is not None:
+            waiting.append(_within(self._http.idle(), limit_s))
+        await asyncio.gather(*waiting)
+        stopping: list[Awaitable[object]] = [loop.run_in_executor(None, self._grpc.stop)]
+        if self._http is not None:
+            stopping.append(self._http.stop())
+        await asyncio.gather(*stopping)
+        await self.models.idle()
+        await self.models.close()
+
+    async def _reload(self) -> None:
+        try:
+            self._keys.reload()
+        except F2rtError as error:
+            log.error("the keys stay as they were: %s", error)
+        for model in self.models:
+            with contextlib.suppress(F2rtError):  # logged where it happened
+                await model.reload()
+
+    def _state_changed(self) -> None:
+        self._grpc.show_health()
+
+    def _background(self, work: object) -> None:
+        task = asyncio.ensure_future(work)  # type: ignore[call-overload]
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
 
-class _Health(health.aio.HealthServicer):  # type: ignore[misc]
-    """grpc.health.v1 with List, which the library's asyncio servicer does not have."""
-
-    async def List(self, request: Any, context: Any) -> Any:  # noqa: N802
-        """Return the status of every service."""
-        statuses = {name: health_pb2.HealthCheckResponse(status=status) for name, status in self._server_status.items()}
-        return health_pb2.HealthListResponse(statuses=statuses)
-
-
-class _ReadableRequests(grpc.aio.ServerInterceptor):  # type: ignore[misc]
-    """Answers bytes that are no request with INVALID_ARGUMENT; the library's own answer is UNKNOWN."""
-
-    async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
-        """Return the method's handler with this check before it."""
-        handler = await continuation(details)
-        if handler is None or handler.request_streaming or handler.response_streaming:
-            return handler
-
-        def parse(data: bytes) -> Any:
-            try:
-                return handler.request_deserializer(data)
-            except DecodeError as error:
-                return error
-
-        async def answer(request: Any, context: Any) -> Any:
-            if isinstance(request, DecodeError):
-                error = InputError(f"{request}.", cure="Send the message of the .proto; strings are valid UTF-8.")
-                await context.abort(grpc.StatusCode[status_of(error).grpc], str(error))
-            return await handler.unary_unary(request, context)
-
-        return grpc.unary_unary_rpc_method_handler(answer, parse, handler.response_serializer)
+async def open_models(
+    proven: Sequence[tuple[ModelSettings, Proven]], engine: EngineSettings, settings: ServeSettings
+) -> Models:
+    """Make models of proven engines and warm them up. Raises InputError for a shadow that does not fit."""
+    metrics = Metrics()
+    models = [Model(spec, one, engine, settings, metrics) for spec, one in proven]
+    for model in models:
+        await model.warm_up()
+    if settings.shadow is not None:
+        shadow = settings.shadow
+        loop = asyncio.get_running_loop()
+        embedder = await loop.run_in_executor(
+            None, lambda: open_embedder(open_bundle(Path(shadow.bundle)), shadow.engine, engine, settings.limits)
+        )
+        first = models[0]
+        counted = EngineMetrics(metrics, f"{first.name}-shadow")
+        pipeline = Pipeline(embedder, settings.scheduling, settings.truncate, counted)
+        first.shadow = Shadow(pipeline, first.embedder.bundle.manifest.tokenizer.sha256, first.name, shadow, metrics)
+    return Models(models, metrics, log_requests=settings.access_log)
 
 
 async def run(
-    embedder: Embedder, settings: ServeSettings, *, started: Callable[[str], None] = lambda address: None
+    proven: Sequence[tuple[ModelSettings, Proven]],
+    engine: EngineSettings,
+    settings: ServeSettings,
+    *,
+    started: Callable[[str, str], None] = lambda grpc, http: None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT; `started` is told the address once the server answers."""
+    """Serve until SIGTERM or SIGINT; SIGHUP reloads. `started` is told the addresses once the server answers."""
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
-    server = GrpcServer(embedder, settings)
-    started(await server.start())
+    models = await open_models(proven, engine, settings)
+    server = Server(models, settings)
+    loop.add_signal_handler(signal.SIGHUP, server.reload)
+    started(*await server.start())
     await stopping.wait()
     log.info("draining")
     await server.stop()
 
 
-def serve(folder: Path, engine: str, engine_settings: EngineSettings, settings: ServeSettings) -> None:
-    """Load, prove and serve an engine of a bundle until told to stop.
+def prove(models: Sequence[ModelSettings], engine: EngineSettings, settings: ServeSettings) -> list[Proven]:
+    """Open and prove the engine of every model. Raises BundleError, UnverifiedError, NotFoundError or EngineError."""
+    proven = []
+    for spec in models:
+        one = load(spec, engine, settings)
+        loaded = one.embedder.loaded
+        log.info("model %s: %s, %s", spec.name, loaded.record.full_name, loaded.selection)
+        log.info("model %s: golden texts reproduced, smallest cosine %.7f", spec.name, loaded.golden_cosine)
+        proven.append(one)
+    return proven
+
+
+def check(models: Sequence[ModelSettings], engine: EngineSettings, settings: ServeSettings) -> list[str]:
+    """Open and prove everything, keys and TLS files included, and close it; returns a line per model."""
+    configure("text")
+    logging.getLogger().setLevel(logging.WARNING)
+    Keys(settings.keys_file)
+    if settings.tls is not None:
+        for file in (settings.tls.certificate, settings.tls.key, settings.tls.client_ca):
+            if file:
+                read_pem(file)
+    lines = []
+    for spec, one in zip(models, prove(models, engine, settings), strict=True):
+        loaded = one.embedder.loaded
+        lines.append(
+            f"{spec.name}: {loaded.record.full_name} reproduces PyTorch's golden vectors, smallest cosine "
+            f"{loaded.golden_cosine:.7f}, fingerprint {one.embedder.fingerprint}"
+        )
+        one.embedder.close()
+    return lines
+
+
+def serve(
+    models: Sequence[ModelSettings], engine: EngineSettings, settings: ServeSettings, *, log_style: str = "text"
+) -> None:
+    """Load, prove and serve engines until told to stop.
 
     Raises BundleError, UnverifiedError, NotFoundError, EngineError or InputError before anything listens.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    bundle = open_bundle(folder)
-    embedder = open_embedder(bundle, engine, engine_settings, settings.limits)
-    loaded = embedder.loaded
-    log.info("engine %s: %s", loaded.record.name, loaded.selection)
-    log.info("golden texts reproduced, smallest cosine %.7f", loaded.golden_cosine)
-    if not _is_loopback(settings.grpc_address):
-        log.warning("%s is open to the network without key or TLS", settings.grpc_address)
+    configure(log_style)
+    sys.setswitchinterval(_SWITCH_S)
+    _allow_connections(settings.max_connections)
+    proven = prove(models, engine, settings)
+    closed = bool(settings.keys_file) or (settings.tls is not None and bool(settings.tls.client_ca))
+    for address in (settings.grpc_address, settings.http_address):
+        if address and not is_loopback(address) and not (closed and settings.tls):
+            missing = " or ".join([*([] if closed else ["key"]), *([] if settings.tls else ["TLS"])])
+            log.warning("%s is open to the network without %s", address, missing)
 
-    def started(address: str) -> None:
-        log.info("serving %s on %s, fingerprint %s", folder, address, embedder.fingerprint)
+    def started(grpc: str, http: str) -> None:
+        first = proven[0].embedder
+        if http:
+            log.info("serving HTTP on %s", http)
+        log.info("serving %s on %s, fingerprint %s", ", ".join(m.name for m in models), grpc, first.fingerprint)
 
-    try:
-        asyncio.run(run(embedder, settings, started=started))
-    finally:
-        embedder.close()
+    asyncio.run(run(list(zip(models, proven, strict=True)), engine, settings, started=started))
     log.info("stopped")
 
 
-def _is_loopback(address: str) -> bool:
+async def _within(waiting: Awaitable[object], seconds: float) -> None:
+    with contextlib.suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(waiting, seconds)
+
+
+def _allow_connections(wanted: int) -> None:
+    """Let the process have as many files open as connections are allowed, as far as the system lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    need = wanted + 256 if hard == resource.RLIM_INFINITY else min(wanted + 256, hard)
+    if soft != resource.RLIM_INFINITY and soft < need:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (need, hard))
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an address is reached from this machine alone."""
     if address.startswith("unix:"):
         return True
     host = address.rpartition(":")[0].strip("[]")

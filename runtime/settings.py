@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from runtime.errors import InputError
 from runtime.tokenizer import Truncate
@@ -57,24 +57,130 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class SchedulingSettings:
+    """How batches form and how much may wait. The fields' values are the preset `latency`; see `PRESETS`.
+
+    `efficiency`: batches are as large as it takes to reach this part of the engine's best throughput, at least
+    `least_batch_tokens` and at most `Limits.max_batch_tokens`. `gather_ms`: how long an idle engine waits for company
+    for the first request. A burst may wait up to `max_wait_ms`; after `burst_ms` without an empty queue the wait is
+    held at `standing_batches` batches. The rest are hard limits.
+    """
+
+    efficiency: float = 0.95
+    least_batch_tokens: int = 64
+    gather_ms: float = 0.0
+    max_wait_ms: float = 1000.0
+    burst_ms: float = 500.0
+    standing_batches: float = 2.0
+    max_waiting_requests: int = 1024
+    max_waiting_items: int = 16_384
+    max_waiting_tokens: int = 600_000
+
+    def __post_init__(self) -> None:
+        if not 0 < self.efficiency < 1:
+            raise InputError(
+                f"efficiency is {self.efficiency}; it is a part of the best throughput.",
+                cure="Give a number between 0 and 1, for example 0.95.",
+            )
+        for name, least in (
+            *(("gather_ms", 0.0), ("max_wait_ms", 0.0), ("burst_ms", 0.0), ("standing_batches", 1.0)),
+            *((n, 1) for n in ("least_batch_tokens", "max_waiting_requests", "max_waiting_items")),
+            ("max_waiting_tokens", 1),
+        ):
+            _at_least(name, getattr(self, name), least)
+
+
+PRESETS = {
+    "latency": SchedulingSettings(),
+    # For indexing: large batches, a short wait for company, and a long queue instead of refusals.
+    "throughput": SchedulingSettings(
+        efficiency=0.985, gather_ms=5.0, max_wait_ms=60_000.0, burst_ms=60_000.0, standing_batches=1000.0
+    ),
+}
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """A model to serve: the name that requests ask for, its bundle's folder, and which engine of it."""
+
+    name: str
+    bundle: str
+    engine: str = "auto"
+
+    def __post_init__(self) -> None:
+        if not self.name or len(self.name) > 100 or not self.name.isprintable():
+            raise InputError(
+                f"the model name {self.name!r} is not 1 to 100 printable characters.", cure="Give NAME=BUNDLE."
+            )
+
+    def with_engine(self, engine: str) -> ModelSettings:
+        """Return the same model with another engine."""
+        return replace(self, engine=engine)
+
+
+@dataclass(frozen=True)
+class ShadowSettings:
+    """Which engine looks on, at what share of the requests (0 to 1), and from which drift on it is logged."""
+
+    bundle: str
+    engine: str = "auto"
+    share: float = 0.05
+    drift: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise InputError(f"the shadow's share is {self.share}.", cure="Give a number above 0, up to 1.")
+
+
+@dataclass(frozen=True)
+class TlsSettings:
+    """Files in PEM: the server's certificate and key, and with `client_ca` the authority that clients must have."""
+
+    certificate: str
+    key: str
+    client_ca: str = ""
+
+
+@dataclass(frozen=True)
 class ServeSettings:
-    """What a server needs besides its bundle. Message sizes in bytes, times in seconds."""
+    """What a server needs besides its models. Sizes in bytes, times in seconds.
+
+    `http_address` "" is no HTTP. `golden_period_s` is the time between two checks of the running engine, and
+    `golden_timeout_s` how long one may take. `keys_file` "" is no keys.
+    """
 
     grpc_address: str = "127.0.0.1:50051"
+    http_address: str = ""
     truncate: Truncate = Truncate.END
     limits: Limits = field(default_factory=Limits)
+    scheduling: SchedulingSettings = field(default_factory=SchedulingSettings)
     max_message_bytes: int = 64 << 20
-    max_waiting_requests: int = 256
+    max_connections: int = 10_000
     drain_s: float = 10.0
+    golden_period_s: float = 10.0
+    golden_timeout_s: float = 60.0
+    tls: TlsSettings | None = None
+    keys_file: str = ""
+    shadow: ShadowSettings | None = None
+    access_log: bool = True
 
     def __post_init__(self) -> None:
         _at_least("max_message_bytes", self.max_message_bytes, 1024)
-        _at_least("max_waiting_requests", self.max_waiting_requests, 1)
+        _at_least("max_connections", self.max_connections, 1)
         _at_least("drain_s", self.drain_s, 0)
-        if not self.grpc_address.startswith("unix:"):
-            host, _, port = self.grpc_address.rpartition(":")
-            if not host or not port.isdecimal() or int(port) > 65535:
-                raise InputError(
-                    f"the address {self.grpc_address!r} is not HOST:PORT.",
-                    cure="Give for example 127.0.0.1:50051, [::1]:50051 or unix:/run/f2rt.sock.",
-                )
+        _at_least("golden_period_s", self.golden_period_s, 0.01)
+        _at_least("golden_timeout_s", self.golden_timeout_s, 0.01)
+        _check_address(self.grpc_address, "127.0.0.1:50051")
+        if self.http_address:
+            _check_address(self.http_address, "127.0.0.1:8080")
+
+
+def _check_address(address: str, example: str) -> None:
+    if address.startswith("unix:"):
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise InputError(
+            f"the address {address!r} is not HOST:PORT.",
+            cure=f"Give for example {example}, [::1]{example[9:]} or unix:/run/f2rt.sock.",
+        )

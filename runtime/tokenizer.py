@@ -6,7 +6,7 @@ that file; this module never adds a second one. It verifies it, and keeps it las
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -91,23 +91,25 @@ class TextTokenizer:
         texts: Sequence[str],
         instruction: Instruction = Instruction(),
         truncate: Truncate = Truncate.END,
+        *,
+        first: int = 0,
     ) -> list[TokenizedText]:
-        """Tokenize `texts` in order, each with its prompt and EOS.
+        """Tokenize `texts` in order, each with its prompt and EOS. `first` is the number of the first one, for errors.
 
         Raises InputError when a text is too long under `Truncate.ERROR`, or its prompt alone fills the limit.
         """
         prompt = self.prompt_text(instruction)
         _check_unicode("the prompt", prompt)
-        for index, text in enumerate(texts):
+        for index, text in enumerate(texts, first):
             _check_unicode(f"text {index}", text)
         rendered = [prompt + text for text in texts]
         encodings = self._tokenizer.encode_batch(rendered)
         return [
             self._finish(e, r, len(prompt), truncate, i)
-            for i, (e, r) in enumerate(zip(encodings, rendered, strict=True))
+            for i, (e, r) in enumerate(zip(encodings, rendered, strict=True), first)
         ]
 
-    def verbatim(self, sequences: Sequence[Sequence[int]]) -> list[TokenizedText]:
+    def verbatim(self, sequences: Collection[Sequence[int]]) -> list[TokenizedText]:
         """Accept token ids as they are. Raises InputError for an empty or long row, or an unknown id."""
         contract = self.contract
         for row, ids in enumerate(sequences):

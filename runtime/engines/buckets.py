@@ -72,6 +72,18 @@ def split(lengths: Sequence[int], buckets: Sequence[Bucket]) -> list[Piece]:
     return pieces
 
 
+def computed_tokens(buckets: Sequence[Bucket], rows: int, tokens: int) -> int:
+    """Return the padded tokens that an engine computes for a batch of `rows` x `tokens`; without buckets, just these.
+
+    An estimate for planning: a batch that no bucket takes whole counts as it stands.
+    """
+    bucket = _smallest(buckets, rows, tokens) if buckets else None
+    if bucket is None:
+        return rows * tokens
+    padded_rows, padded_tokens = bucket.padded(rows, tokens)
+    return padded_rows * padded_tokens
+
+
 def _smallest(buckets: Sequence[Bucket], rows: int, tokens: int) -> Bucket | None:
     """Return the smallest bucket that takes `rows` x `tokens`, or None."""
     fitting = [b for b in buckets if b.rows >= rows and b.tokens >= tokens]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from runtime.batch import Batch
+from runtime.engines.buckets import Bucket
 from runtime.errors import (
     EngineError,
     F2rtError,
@@ -49,6 +51,7 @@ class OnnxRuntimeEngine:
         self.precision = precision
         self.fingerprint = fingerprint
         self.max_tokens: int | None = None
+        self.buckets: Sequence[Bucket] = ()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = settings.threads
         options.inter_op_num_threads = 1

@@ -16,6 +16,7 @@ import contextlib
 import logging
 import mmap
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -106,7 +107,8 @@ class TensorRTEngine:
             resources.callback(cuda.destroy_stream, self._stream)
             self._load(plan, record, device, resources)
             self._resources = resources.pop_all()
-        self.max_tokens: int | None = max(lane.bucket.tokens for lane in self._lanes)
+        self.buckets: Sequence[Bucket] = tuple(lane.bucket for lane in self._lanes)
+        self.max_tokens: int | None = max(bucket.tokens for bucket in self.buckets)
         self._closed = False
 
     def run(self, batch: Batch) -> NDArray[np.float32]:

@@ -52,18 +52,20 @@ class EmbedInput(_message.Message):
     def __init__(self, texts: _Optional[_Iterable[str]] = ..., token_ids: _Optional[_Iterable[_Union[TokenIds, _Mapping]]] = ..., prompt_name: _Optional[str] = ..., prompt: _Optional[str] = ..., truncate: _Optional[_Union[Truncate, str]] = ...) -> None: ...
 
 class EmbedRequest(_message.Message):
-    __slots__ = ("input", "dimensions", "normalize", "dtype", "request_id")
+    __slots__ = ("input", "dimensions", "normalize", "dtype", "request_id", "model")
     INPUT_FIELD_NUMBER: _ClassVar[int]
     DIMENSIONS_FIELD_NUMBER: _ClassVar[int]
     NORMALIZE_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
     input: EmbedInput
     dimensions: int
     normalize: bool
     dtype: DType
     request_id: str
-    def __init__(self, input: _Optional[_Union[EmbedInput, _Mapping]] = ..., dimensions: _Optional[int] = ..., normalize: _Optional[bool] = ..., dtype: _Optional[_Union[DType, str]] = ..., request_id: _Optional[str] = ...) -> None: ...
+    model: str
+    def __init__(self, input: _Optional[_Union[EmbedInput, _Mapping]] = ..., dimensions: _Optional[int] = ..., normalize: _Optional[bool] = ..., dtype: _Optional[_Union[DType, str]] = ..., request_id: _Optional[str] = ..., model: _Optional[str] = ...) -> None: ...
 
 class Item(_message.Message):
     __slots__ = ("tokens", "truncated", "original_tokens", "scale")
@@ -111,11 +113,33 @@ class EmbedResponse(_message.Message):
     trained_dimension: bool
     def __init__(self, embeddings: _Optional[bytes] = ..., rows: _Optional[int] = ..., dim: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., items: _Optional[_Iterable[_Union[Item, _Mapping]]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., fingerprint: _Optional[str] = ..., request_id: _Optional[str] = ..., trained_dimension: _Optional[bool] = ...) -> None: ...
 
+class EmbedStreamResponse(_message.Message):
+    __slots__ = ("response", "error")
+    RESPONSE_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    response: EmbedResponse
+    error: StreamError
+    def __init__(self, response: _Optional[_Union[EmbedResponse, _Mapping]] = ..., error: _Optional[_Union[StreamError, _Mapping]] = ...) -> None: ...
+
+class StreamError(_message.Message):
+    __slots__ = ("code", "message", "request_id", "retry_after_s")
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    RETRY_AFTER_S_FIELD_NUMBER: _ClassVar[int]
+    code: int
+    message: str
+    request_id: str
+    retry_after_s: float
+    def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ..., request_id: _Optional[str] = ..., retry_after_s: _Optional[float] = ...) -> None: ...
+
 class ExplainRequest(_message.Message):
-    __slots__ = ("input",)
+    __slots__ = ("input", "model")
     INPUT_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
     input: EmbedInput
-    def __init__(self, input: _Optional[_Union[EmbedInput, _Mapping]] = ...) -> None: ...
+    model: str
+    def __init__(self, input: _Optional[_Union[EmbedInput, _Mapping]] = ..., model: _Optional[str] = ...) -> None: ...
 
 class Explanation(_message.Message):
     __slots__ = ("rendered", "ids", "tokens", "pooled_position", "pooled_id", "truncated", "original_tokens")
@@ -144,11 +168,13 @@ class ExplainResponse(_message.Message):
     def __init__(self, items: _Optional[_Iterable[_Union[Explanation, _Mapping]]] = ..., fingerprint: _Optional[str] = ...) -> None: ...
 
 class InfoRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("model",)
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    def __init__(self, model: _Optional[str] = ...) -> None: ...
 
 class InfoResponse(_message.Message):
-    __slots__ = ("model", "revision", "engine", "precision", "fingerprint", "dim", "trained_dims", "max_tokens", "prompts", "default_prompt_name", "default_truncate", "max_items", "max_request_tokens", "license", "verdict", "min_cosine", "version", "selection")
+    __slots__ = ("model", "revision", "engine", "precision", "fingerprint", "dim", "trained_dims", "max_tokens", "prompts", "default_prompt_name", "default_truncate", "max_items", "max_request_tokens", "license", "verdict", "min_cosine", "version", "selection", "name", "models", "state", "golden_cosine")
     class PromptsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -174,6 +200,10 @@ class InfoResponse(_message.Message):
     MIN_COSINE_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     SELECTION_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    MODELS_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    GOLDEN_COSINE_FIELD_NUMBER: _ClassVar[int]
     model: str
     revision: str
     engine: str
@@ -192,4 +222,28 @@ class InfoResponse(_message.Message):
     min_cosine: float
     version: str
     selection: str
-    def __init__(self, model: _Optional[str] = ..., revision: _Optional[str] = ..., engine: _Optional[str] = ..., precision: _Optional[str] = ..., fingerprint: _Optional[str] = ..., dim: _Optional[int] = ..., trained_dims: _Optional[_Iterable[int]] = ..., max_tokens: _Optional[int] = ..., prompts: _Optional[_Mapping[str, str]] = ..., default_prompt_name: _Optional[str] = ..., default_truncate: _Optional[_Union[Truncate, str]] = ..., max_items: _Optional[int] = ..., max_request_tokens: _Optional[int] = ..., license: _Optional[str] = ..., verdict: _Optional[str] = ..., min_cosine: _Optional[float] = ..., version: _Optional[str] = ..., selection: _Optional[str] = ...) -> None: ...
+    name: str
+    models: _containers.RepeatedScalarFieldContainer[str]
+    state: str
+    golden_cosine: float
+    def __init__(self, model: _Optional[str] = ..., revision: _Optional[str] = ..., engine: _Optional[str] = ..., precision: _Optional[str] = ..., fingerprint: _Optional[str] = ..., dim: _Optional[int] = ..., trained_dims: _Optional[_Iterable[int]] = ..., max_tokens: _Optional[int] = ..., prompts: _Optional[_Mapping[str, str]] = ..., default_prompt_name: _Optional[str] = ..., default_truncate: _Optional[_Union[Truncate, str]] = ..., max_items: _Optional[int] = ..., max_request_tokens: _Optional[int] = ..., license: _Optional[str] = ..., verdict: _Optional[str] = ..., min_cosine: _Optional[float] = ..., version: _Optional[str] = ..., selection: _Optional[str] = ..., name: _Optional[str] = ..., models: _Optional[_Iterable[str]] = ..., state: _Optional[str] = ..., golden_cosine: _Optional[float] = ...) -> None: ...
+
+class ReloadRequest(_message.Message):
+    __slots__ = ("model", "engine")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    engine: str
+    def __init__(self, model: _Optional[str] = ..., engine: _Optional[str] = ...) -> None: ...
+
+class ReloadResponse(_message.Message):
+    __slots__ = ("model", "old_fingerprint", "new_fingerprint", "engine")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    OLD_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    NEW_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    old_fingerprint: str
+    new_fingerprint: str
+    engine: str
+    def __init__(self, model: _Optional[str] = ..., old_fingerprint: _Optional[str] = ..., new_fingerprint: _Optional[str] = ..., engine: _Optional[str] = ...) -> None: ...

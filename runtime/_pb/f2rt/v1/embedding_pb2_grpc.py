@@ -39,6 +39,11 @@ class EmbeddingServiceStub:
                 request_serializer=runtime_dot___pb_dot_f2rt_dot_v1_dot_embedding__pb2.EmbedRequest.SerializeToString,
                 response_deserializer=runtime_dot___pb_dot_f2rt_dot_v1_dot_embedding__pb2.EmbedResponse.FromString,
                 _registered_method=True)
+        self.EmbedStream = channel.stream_stream(
+                '/f2rt.v1.EmbeddingService/EmbedStream',
+                request_serializer=runtime_dot___pb_dot_f2rt_dot_v1_dot_embedding__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=runtime_dot___pb_dot_f2rt_dot_v1_dot_embedding__pb2.EmbedStreamResponse.FromString,
+                _registered_method=True)
         self.Explain = channel.unary_unary(
                 '/f2rt.v1.EmbeddingService/Explain',
                 request_serializer=runtime_dot___pb_dot_f2rt_dot_v1_dot_embedding__pb2.ExplainRequest.SerializeToString,
@@ -56,6 +61,13 @@ class EmbeddingServiceServicer:
 
     def Embed(self, request, context):
         """One vector per item, in the order of the request. A request is admitted or refused whole.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EmbedStream(self, request_iterator, context):
+        """Many requests on one stream, answered in their order, several at a time. One that fails does not end the stream.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -82,6 +94,11 @@ def add_EmbeddingServiceServicer_to_server(servicer, server):
                     servicer.Embed,
                     request_deserializer=runtime_dot___pb_dot_f2rt_dot_v1_dot_embedding__pb2.EmbedRequest.FromString,
                     response_serializer=runtime_dot___pb_dot_f2rt_dot_v1_dot_embedding__pb2.EmbedResponse.SerializeToString,
+            ),
+            'EmbedStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.EmbedStream,
+                    request_deserializer=runtime_dot___pb_dot_f2rt_dot_v1_dot_embedding__pb2.EmbedRequest.FromString,
+                    response_serializer=runtime_dot___pb_dot_f2rt_dot_v1_dot_embedding__pb2.EmbedStreamResponse.SerializeToString,
             ),
             'Explain': grpc.unary_unary_rpc_method_handler(
                     servicer.Explain,
@@ -121,6 +138,33 @@ class EmbeddingService:
             '/f2rt.v1.EmbeddingService/Embed',
             runtime_dot___pb_dot_f2rt_dot_v1_dot_embedding__pb2.EmbedRequest.SerializeToString,
             runtime_dot___pb_dot_f2rt_dot_v1_dot_embedding__pb2.EmbedResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EmbedStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/f2rt.v1.EmbeddingService/EmbedStream',
+            runtime_dot___pb_dot_f2rt_dot_v1_dot_embedding__pb2.EmbedRequest.SerializeToString,
+            runtime_dot___pb_dot_f2rt_dot_v1_dot_embedding__pb2.EmbedStreamResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -175,6 +219,79 @@ class EmbeddingService:
             '/f2rt.v1.EmbeddingService/Info',
             runtime_dot___pb_dot_f2rt_dot_v1_dot_embedding__pb2.InfoRequest.SerializeToString,
             runtime_dot___pb_dot_f2rt_dot_v1_dot_embedding__pb2.InfoResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class AdminServiceStub:
+    """Missing associated documentation comment in .proto file."""
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Reload = channel.unary_unary(
+                '/f2rt.v1.AdminService/Reload',
+                request_serializer=runtime_dot___pb_dot_f2rt_dot_v1_dot_embedding__pb2.ReloadRequest.SerializeToString,
+                response_deserializer=runtime_dot___pb_dot_f2rt_dot_v1_dot_embedding__pb2.ReloadResponse.FromString,
+                _registered_method=True)
+
+
+class AdminServiceServicer:
+    """Missing associated documentation comment in .proto file."""
+
+    def Reload(self, request, context):
+        """Load a model's bundle again beside the engine that answers, prove it, and switch. On failure the old one answers on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_AdminServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Reload': grpc.unary_unary_rpc_method_handler(
+                    servicer.Reload,
+                    request_deserializer=runtime_dot___pb_dot_f2rt_dot_v1_dot_embedding__pb2.ReloadRequest.FromString,
+                    response_serializer=runtime_dot___pb_dot_f2rt_dot_v1_dot_embedding__pb2.ReloadResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'f2rt.v1.AdminService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('f2rt.v1.AdminService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class AdminService:
+    """Missing associated documentation comment in .proto file."""
+
+    @staticmethod
+    def Reload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/f2rt.v1.AdminService/Reload',
+            runtime_dot___pb_dot_f2rt_dot_v1_dot_embedding__pb2.ReloadRequest.SerializeToString,
+            runtime_dot___pb_dot_f2rt_dot_v1_dot_embedding__pb2.ReloadResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,401 @@
+"""One engine and its queue: tokenize, wait for a turn, run, hand out. Knows no protocol.
+
+`answer` blocks the thread that calls it, `embed` is a coroutine; both lead through the same queue. Whoever finds the
+engine idle takes it and runs its own batch itself: at low load a request is tokenized and computed on the thread that
+received it, without a single hand-over, each of which costs more than a short text's tokenization. Whatever came
+meanwhile is served by the engine's thread, until the queue is empty. While it computes, the threads of other requests
+tokenize, so that the next batch waits ready when the engine is free.
+
+Copies of a vector here: none for a request that has a batch to itself in its own order, one otherwise.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.batch import make_batch
+from runtime.embedder import Embedder, not_finite
+from runtime.engines.buckets import computed_tokens
+from runtime.errors import DeadlineError, EngineError, F2rtError, UnavailableError
+from runtime.scheduler import FairQueue, Planned, Shape, Ticket
+from runtime.serving.call import EmbedCall, EmbedReply
+from runtime.serving.job import Job
+from runtime.serving.metrics import EngineMetrics
+from runtime.settings import SchedulingSettings
+from runtime.tokenizer import TokenizedText, Truncate
+
+log = logging.getLogger("f2rt.pipeline")
+
+_WORKERS = 2  # threads that tokenize for coroutines
+_CHUNK_CHARS = 32_768  # tokenized at a time there: a long request does not keep a worker from short ones
+_CHUNK_TEXTS = 64
+
+Result = TypeVar("Result")
+Rows = Sequence[tuple[Job, int]]
+
+
+class Pipeline:
+    """Answers calls with one embedder. Its coroutines belong to the event loop it was made in."""
+
+    def __init__(
+        self, embedder: Embedder, scheduling: SchedulingSettings, truncate: Truncate, metrics: EngineMetrics
+    ) -> None:
+        """Start the threads. Must be called inside the event loop."""
+        self.embedder = embedder
+        self.on_engine_error: Callable[[EngineError], None] = lambda error: None  # called in the event loop
+        self._scheduling = scheduling
+        self._truncate = truncate
+        self._metrics = metrics
+        self._loop = asyncio.get_running_loop()
+        buckets = embedder.loaded.engine.buckets
+        self._shape: Shape = lambda rows, width: computed_tokens(buckets, rows, width)
+        # One lock for the queue, who has the engine, and how many calls are open.
+        self._lock = threading.Lock()
+        self._handed_over = threading.Condition(self._lock)
+        self._company = threading.Condition(self._lock)
+        self._queue = FairQueue(embedder.limits, scheduling, shape=self._shape)
+        self._taken = False
+        self._called = False  # for the engine's thread
+        self._open = 0
+        self._idle: list[asyncio.Event] = []
+        self._closed = False
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._work, name=f"f2rt-worker-{i}", daemon=True) for i in range(_WORKERS)
+        ]
+        self._threads.append(threading.Thread(target=self._serve, name="f2rt-engine", daemon=True))
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def waiting(self) -> tuple[int, int, int]:
+        """Requests, items and tokens in the queue."""
+        return len(self._queue), self._queue.items, self._queue.tokens
+
+    def learn(self, rows: int, width: int, seconds: float) -> None:
+        """Take note of what a batch cost."""
+        with self._lock:
+            self._queue.cost.observe(self._shape(rows, width), 1e3 * seconds)
+
+    # --- for threads
+
+    def enter(self) -> None:
+        """Announce a call: the pipeline is not closed before as many `leave`. Raises UnavailableError once it is."""
+        with self._lock:
+            if self._closed:
+                raise UnavailableError("the engine was closed.", cure="Ask again.")
+            self._open += 1
+
+    def leave(self) -> None:
+        """Say that an announced call is over."""
+        with self._lock:
+            self._open -= 1
+            if not self._open:
+                for event in self._idle:
+                    self._call_soon(event.set)
+                self._idle.clear()
+
+    def answer(self, call: EmbedCall, begun: Callable[[Job], None] = lambda job: None) -> EmbedReply:
+        """Answer one call on this thread; `begun` is given what `abandon` takes.
+
+        Raises InputError, NotFoundError, OverloadedError, DeadlineError or EngineError; UnavailableError when it was
+        abandoned.
+        """
+        self._check(call)
+        ended = threading.Lock()  # a lock that another thread opens: the cheapest way to wait
+        ended.acquire()
+        job = Job(call, ended.release)
+        begun(job)
+        self._tokenize(job, len(call.texts))
+        if self._admit(job):
+            self._lead(job)
+        ended.acquire()
+        return self._reply(job)
+
+    def abandon(self, job: Job) -> None:
+        """Drop what of a request is not computed yet: nobody waits for it."""
+        with self._lock:
+            job.abandoned = True
+            if job.ticket is not None:
+                self._queue.cancel(job.ticket)
+        job.end(UnavailableError("the request was cancelled.", cure="Ask again."))
+
+    # --- for coroutines
+
+    async def embed(self, call: EmbedCall) -> EmbedReply:
+        """Answer one call. Raises as `answer`; cancelled, it drops what is not computed yet."""
+        self._check(call)
+        job = await self._finished(lambda ended: Job(call, ended), self._tokenize_in_turns)
+        return self._reply(job)
+
+    async def run(self, items: list[TokenizedText]) -> NDArray[np.float32]:
+        """Return unit vectors float32 [items, dim] of tokenized texts, by the same way, whatever else waits."""
+
+        def admit(job: Job) -> None:
+            if self._admit(job, bounded=False):
+                self._lead(job)
+
+        job = await self._finished(lambda ended: Job(EmbedCall(), ended, items), admit)
+        if job.error is not None:
+            raise job.error
+        assert job.vectors is not None
+        return job.vectors
+
+    async def in_thread(self, work: Callable[[], Result]) -> Result:
+        """Run something that would hold up the event loop on a worker."""
+        future: asyncio.Future[Result] = self._loop.create_future()
+
+        def run() -> None:
+            try:
+                result = work()
+            except Exception as error:  # noqa: BLE001  (whoever waits for it gets it)
+                failure = error
+                self._call_soon(lambda: None if future.done() else future.set_exception(failure))
+            else:
+                self._call_soon(lambda: None if future.done() else future.set_result(result))
+
+        self._inbox.put(run)
+        return await future
+
+    async def idle(self) -> None:
+        """Return once every announced call is over."""
+        event = asyncio.Event()
+        with self._lock:
+            if not self._open:
+                return
+            self._idle.append(event)
+        await event.wait()
+
+    async def close(self) -> None:
+        """Take no more calls, stop the threads once the work they have is done, and free the engine."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._handed_over.notify_all()
+        for _ in range(_WORKERS):
+            self._inbox.put(None)
+
+        def join() -> None:
+            for thread in self._threads:
+                thread.join()
+            self.embedder.close()
+
+        await self._loop.run_in_executor(None, join)
+
+    async def _finished(self, make: Callable[[Callable[[], None]], Job], work: Callable[[Job], None]) -> Job:
+        event = asyncio.Event()
+        job = make(lambda: self._call_soon(event.set))
+        self._inbox.put(lambda: self._guarded(job, work))
+        try:
+            await event.wait()
+        except asyncio.CancelledError:
+            self.abandon(job)
+            raise
+        return job
+
+    # --- the way of a request
+
+    def _check(self, call: EmbedCall) -> None:
+        """Refuse what needs no tokenizer to be refused."""
+        call.check(self.embedder.limits.max_items)
+        self.embedder.check_dimensions(call.dimensions)
+        with self._lock:
+            self._queue.check_door(time.perf_counter())
+
+    def _reply(self, job: Job) -> EmbedReply:
+        if job.error is not None:
+            raise job.error
+        assert job.vectors is not None
+        embedder = self.embedder
+        return EmbedReply(
+            job.vectors, job.items, embedder.fingerprint, embedder.contract.trained_dims, job.watch.read()
+        )
+
+    def _tokenize(self, job: Job, most: int) -> None:
+        """Tokenize the next `most` texts of a request, or take its token ids as they are."""
+        call, embedder = job.call, self.embedder
+        if call.token_ids:
+            job.items = embedder.verbatim(call.token_ids)
+            return
+        first = len(job.items)
+        if not first:
+            embedder.check_texts(call.texts, call.instruction)
+        texts = call.texts[first : first + most]
+        job.items += embedder.encode(texts, call.instruction, call.truncate or self._truncate, first=first)
+        if len(job.items) == len(call.texts):
+            embedder.check_tokens(job.items)
+
+    def _tokenize_in_turns(self, job: Job) -> None:
+        """Tokenize a part of a request, and go to the end of the line for the rest; then queue it."""
+        self._tokenize(job, _chunk(job.call.texts, len(job.items)))
+        if len(job.items) < job.call.items and not job.abandoned:
+            self._inbox.put(lambda: self._guarded(job, self._tokenize_in_turns))
+        elif self._admit(job):
+            self._lead(job)
+
+    def _guarded(self, job: Job, work: Callable[[Job], None]) -> None:
+        try:
+            work(job)
+        except Exception as error:  # noqa: BLE001  (whoever waits for it gets it)
+            job.end(error)
+
+    def _admit(self, job: Job, *, bounded: bool = True) -> bool:
+        """Queue a tokenized request; returns whether this thread now has the engine. Raises as `FairQueue.admit`."""
+        now_s = job.watch.tokenized_s = time.perf_counter()
+        ticket = Ticket([len(item.ids) for item in job.items], job.call.deadline_s, payload=job)
+        job.left = len(ticket.lengths)
+        with self._lock:
+            if job.abandoned:
+                return False
+            self._queue.admit(ticket, now_s, bounded=bounded)
+            job.ticket = ticket
+            if self._taken:
+                if self._queue.tokens >= self._queue.budget:
+                    self._company.notify_all()
+                return False
+            self._taken = True
+            return True
+
+    def _lead(self, job: Job) -> None:
+        """Run batches until this thread's own request is done; the rest is for the engine's thread."""
+        gather_s = 1e-3 * self._scheduling.gather_ms
+        if gather_s:
+            with self._company:
+                self._company.wait_for(lambda: self._queue.tokens >= self._queue.budget, gather_s)
+        while not job.done:
+            if not self._run_next():
+                return
+        with self._lock:
+            self._taken = self._called = len(self._queue) > 0
+            if self._called:
+                self._handed_over.notify()
+
+    def _serve(self) -> None:
+        """Be the engine's thread: serve the queue whenever it is handed over."""
+        while True:
+            with self._lock:
+                while not self._called and not self._closed:
+                    self._handed_over.wait()
+                if not self._called:
+                    return
+                self._called = False
+            while self._run_next():
+                pass
+
+    def _run_next(self) -> bool:
+        """Run the next batch. When there is none, the engine is given back, and the answer is False."""
+        with self._lock:
+            planned = self._queue.next_batch(time.perf_counter())
+            expired, self._queue.expired = self._queue.expired, []
+            if planned is None:
+                self._taken = False
+        for ticket in expired:
+            ticket.payload.end(
+                DeadlineError("the deadline would pass before the answer is ready.", cure="Allow more time.")
+            )
+        if planned is None:
+            return False
+        jobs: Rows = [(ticket.payload, index) for ticket, index in planned.rows]
+        try:
+            self._run(planned, jobs)
+        except Exception as error:  # a fault of ours must not take the engine along with it
+            log.exception("a batch failed unexpectedly")
+            self._fail({job for job, _ in jobs}, error)
+        return True
+
+    def _run(self, planned: Planned, jobs: Rows) -> None:
+        try:
+            vectors, took_s = self._infer(jobs)
+        except F2rtError as error:
+            self._run_apart(planned, jobs, error)
+            return
+        self.learn(len(jobs), planned.width, took_s)
+        self._metrics.batch(len(jobs), planned.tokens, self._shape(len(jobs), planned.width), took_s)
+        self._deliver(jobs, vectors, took_s)
+
+    def _infer(self, jobs: Rows) -> tuple[NDArray[np.float32], float]:
+        """Run some rows as one batch; returns their vectors and the seconds it took."""
+        batch = make_batch([job.items[index].ids for job, index in jobs], self.embedder.contract.pad_id)
+        began_s = time.perf_counter()
+        return self.embedder.run(batch), time.perf_counter() - began_s
+
+    def _run_apart(self, planned: Planned, jobs: Rows, error: F2rtError) -> None:
+        """Run each request's part of a failed batch by itself: only one that cannot be run fails."""
+        parts: dict[Job, list[tuple[Job, int]]] = {}
+        for job, index in jobs:
+            parts.setdefault(job, []).append((job, index))
+        if len(parts) == 1:
+            self._fail(parts, error)
+            return
+        log.warning("a batch of %d x %d failed, its requests run alone: %s", len(jobs), planned.width, error)
+        for job, part in parts.items():
+            try:
+                self._deliver(part, *self._infer(part))
+            except F2rtError as own:
+                self._fail([job], own)
+
+    def _deliver(self, jobs: Rows, vectors: NDArray[np.float32], took_s: float) -> None:
+        """Give each request its rows, and end those that have all of them."""
+        finite = np.isfinite(vectors).all(axis=1)
+        if not finite.all():
+            for row in np.flatnonzero(~finite).tolist():
+                job, index = jobs[row]
+                self._fail([job], not_finite(self.embedder.loaded.engine.name, index, len(job.items[index].ids)))
+        rows_of: dict[Job, tuple[list[int], list[int]]] = {}
+        for row, (job, index) in enumerate(jobs):
+            here, there = rows_of.setdefault(job, ([], []))
+            here.append(row)
+            there.append(index)
+        for job, (here, there) in rows_of.items():
+            job.watch.infer_s += took_s
+            job.left -= len(here)
+            if len(rows_of) == 1 and there == list(range(len(job.items))):
+                job.vectors = vectors
+            else:
+                if job.vectors is None:
+                    job.vectors = np.empty((len(job.items), vectors.shape[1]), np.float32)
+                job.vectors[there] = vectors[here]
+            if not job.left:
+                job.end()
+
+    def _fail(self, jobs: Iterable[Job], error: Exception) -> None:
+        with self._lock:
+            for job in jobs:
+                if job.ticket is not None:
+                    self._queue.cancel(job.ticket)
+        for job in jobs:
+            job.end(error)
+        if isinstance(error, EngineError):
+            failure = error
+            self._call_soon(lambda: self.on_engine_error(failure))
+
+    def _work(self) -> None:
+        while (work := self._inbox.get()) is not None:
+            work()
+
+    def _call_soon(self, callback: Callable[[], Any]) -> None:
+        try:
+            self._loop.call_soon_threadsafe(callback)
+        except RuntimeError:  # the loop is closed: nobody waits any more
+            if not self._loop.is_closed():
+                raise
+
+
+def _chunk(texts: Sequence[str], first: int) -> int:
+    """Return how many texts from `first` on are tokenized at once: at least one."""
+    chars = 0
+    for count, text in enumerate(texts[first : first + _CHUNK_TEXTS]):
+        chars += len(text)
+        if chars > _CHUNK_CHARS:
+            return max(count, 1)
+    return _CHUNK_TEXTS

@@ -1,0 +1,164 @@
+"""What every gRPC method here has in common: readable requests, keys, errors as statuses, calls counted.
+
+Handlers run on gRPC's threads, not in an event loop: a request is then tokenized and computed where it arrived. One
+wrapper around each method does it all; interceptors would run for every call before it starts.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NoReturn
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import DecodeError
+from google.rpc import error_details_pb2, status_pb2
+
+from runtime.errors import F2rtError, InputError, OverloadedError, status_of
+from runtime.serving.access import Keys
+from runtime.serving.job import Job
+from runtime.serving.pipeline import Pipeline
+
+log = logging.getLogger("f2rt.grpc")
+
+# Details travel in a trailer, which gRPC drops above 8 KiB, and percent-encoded: up to 12 bytes a character.
+_MAX_MESSAGE_CHARS = 400
+
+Unary = Callable[[Any, Any], Any]
+Stream = Callable[[Iterator[Any], Any], Iterator[Any]]
+
+
+class Calls:
+    """Wraps methods, and knows how many calls are open."""
+
+    def __init__(self, keys: Keys) -> None:
+        self._keys = keys
+        self._open = 0
+        self._changed = threading.Condition()
+
+    def wait_idle(self, seconds: float) -> bool:
+        """Wait until no call is open: each has its response sent, or was cancelled. Returns whether it came to that."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._open, seconds)
+
+    def service(self, name: str, methods: Mapping[str, Any]) -> Any:
+        """Return the generic handler of a service from its methods as `unary` and `stream` made them."""
+        return grpc.method_handlers_generic_handler(name, methods)
+
+    def unary(self, behavior: Unary, request: Any, response: Any, *, public: bool = False) -> Any:
+        """Return the handler of a method with one request and one response; a `public` one needs no key."""
+
+        def answer(message: Any, context: Any) -> Any:
+            self._opened(context)
+            try:
+                if not public:
+                    self._check_key(context)
+                if isinstance(message, DecodeError):
+                    raise unreadable(message)
+                return behavior(message, context)
+            except F2rtError as error:
+                failure: Exception = error
+            except Exception as error:
+                # A fault of ours: the caller learns no internals, the log has all of them.
+                log.exception("unexpected error in %s", behavior.__name__)
+                failure = error
+            return abort(context, failure)
+
+        return grpc.unary_unary_rpc_method_handler(answer, _parser(request), response.SerializeToString)
+
+    def stream(self, behavior: Stream, request: Any, response: Any) -> Any:
+        """Return the handler of a bidirectional stream. Unreadable requests reach `behavior` as DecodeError."""
+
+        def answer(messages: Iterator[Any], context: Any) -> Iterator[Any]:
+            self._opened(context)
+            try:
+                self._check_key(context)
+                yield from behavior(messages, context)
+            except F2rtError as error:
+                abort(context, error)
+
+        return grpc.stream_stream_rpc_method_handler(answer, _parser(request), response.SerializeToString)
+
+    def _check_key(self, context: Any) -> None:
+        if self._keys.required:
+            shown = {key: value for key, value in context.invocation_metadata() if key in _KEY_HEADERS}
+            self._keys.check(shown.get("authorization"), shown.get("x-api-key"))
+
+    def _opened(self, context: Any) -> None:
+        with self._changed:
+            self._open += 1
+        if not context.add_callback(self._ended):  # it ended before it began
+            self._ended()
+
+    def _ended(self) -> None:
+        with self._changed:
+            self._open -= 1
+            if not self._open:
+                self._changed.notify_all()
+
+
+_KEY_HEADERS = ("authorization", "x-api-key")
+
+
+def dropped_with(context: Any) -> Callable[[Job, Pipeline], None]:
+    """Return what makes a request be dropped when its call ends before it does: cancelled, or over its deadline."""
+
+    def begun(job: Job, pipeline: Pipeline) -> None:
+        def ended() -> None:
+            if not job.done:
+                pipeline.abandon(job)
+
+        if not context.add_callback(ended):
+            ended()
+
+    return begun
+
+
+def abort(context: Any, error: Exception) -> NoReturn:
+    """End a call with an error's status; overload says in a RetryInfo when to come back. Raises."""
+    if not isinstance(error, F2rtError):
+        context.abort(grpc.StatusCode.INTERNAL, "an unexpected error; the server's log has the details.")
+        raise AssertionError("abort raises")
+    status = status_of(error)
+    if status.http == 500:
+        log.error("%s: %s", status.grpc, error)
+    code = grpc.StatusCode[status.grpc]
+    context.set_trailing_metadata(retry_info(code, error))
+    context.abort(code, details(error))
+    raise AssertionError("abort raises")
+
+
+def retry_info(code: grpc.StatusCode, error: F2rtError) -> tuple[tuple[str, bytes], ...]:
+    """Return the trailing metadata of an error: google.rpc.RetryInfo where it says when to come back."""
+    if not isinstance(error, OverloadedError):
+        return ()
+    delay = Duration()
+    delay.FromMilliseconds(int(1e3 * error.retry_after_s))
+    status = status_pb2.Status(code=code.value[0], message=details(error))
+    status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
+    return (("grpc-status-details-bin", status.SerializeToString()),)
+
+
+def details(error: F2rtError) -> str:
+    """Return message and cure, short enough for a trailer."""
+    message = error.message
+    if len(message) > _MAX_MESSAGE_CHARS:
+        message = message[:_MAX_MESSAGE_CHARS] + "…"
+    return f"{message} {error.cure}".rstrip()
+
+
+def unreadable(error: DecodeError) -> InputError:
+    """Return the error for bytes that are no request; the library's own answer would be UNKNOWN."""
+    return InputError(f"{error}.", cure="Send the message of the .proto; strings are valid UTF-8.")
+
+
+def _parser(request: Any) -> Callable[[bytes], Any]:
+    def parse(data: bytes) -> Any:
+        try:
+            return request.FromString(data)
+        except DecodeError as error:
+            return error
+
+    return parse

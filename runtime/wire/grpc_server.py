@@ -1,0 +1,126 @@
+"""The gRPC port: f2rt.v1, KServe v2, health and reflection on one listening server."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from runtime.errors import InputError
+from runtime.serving.access import Keys
+from runtime.serving.model import State
+from runtime.serving.models import Models
+from runtime.settings import ServeSettings, TlsSettings
+from runtime.wire import f2rt_v1, kserve_v2
+from runtime.wire.grpc_calls import Calls
+
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+_SPARE = 32  # threads for those who are refused, for health and for Info, while every request waits on one
+_FLUSH_S = 0.2  # for the last bytes of what was answered
+_IDLE_MS = 30 * 60 * 1000
+_KEEPALIVE_MS = 60 * 1000
+
+
+class GrpcServer:
+    """One listening gRPC server on the models of a server."""
+
+    def __init__(self, models: Models, settings: ServeSettings, keys: Keys) -> None:
+        """Build the server without listening. Must be called inside the event loop that will run it."""
+        self.settings = settings
+        self._models = models
+        self._calls = Calls(keys)
+        self._health = _Health(experimental_non_blocking=True, experimental_thread_pool=ThreadPoolExecutor(1))
+        self._server = grpc.server(
+            ThreadPoolExecutor(settings.scheduling.max_waiting_requests + _SPARE, thread_name_prefix="f2rt-grpc"),
+            options=[
+                ("grpc.max_receive_message_length", settings.max_message_bytes),
+                ("grpc.max_send_message_length", settings.max_message_bytes),
+                # Two servers on one port would share its connections unseen.
+                ("grpc.so_reuseport", 0),
+                # A peer that is gone without a word is found out, and one that does nothing is let go.
+                ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
+                ("grpc.keepalive_timeout_ms", 20_000),
+                ("grpc.max_connection_idle_ms", _IDLE_MS),
+                ("grpc.max_concurrent_streams", 10_000),
+                ("grpc.http2.max_pings_without_data", 0),
+                ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+                ("grpc.absolute_max_metadata_size", 32 << 10),
+            ],
+        )
+        handlers = f2rt_v1.EmbeddingService(models, settings, keys).handlers(self._calls)
+        handlers += kserve_v2.InferenceService(models).handlers(self._calls)
+        self._server.add_generic_rpc_handlers(handlers)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        own = [f2rt_v1.SERVICE_NAME, f2rt_v1.ADMIN_NAME, kserve_v2.SERVICE_NAME]
+        self._names = ["", f2rt_v1.SERVICE_NAME, kserve_v2.SERVICE_NAME]
+        names = [*own, health.SERVICE_NAME, reflection.SERVICE_NAME]
+        if not keys.required:  # with keys everything but health is closed
+            reflection.enable_server_reflection(names, self._server)
+
+    def start(self) -> str:
+        """Listen. Returns the address with the port really taken. Raises InputError."""
+        address, tls = self.settings.grpc_address, self.settings.tls
+        try:
+            if tls is None:
+                port = self._server.add_insecure_port(address)
+            else:
+                port = self._server.add_secure_port(address, _credentials(tls))
+        except RuntimeError as error:
+            raise InputError(
+                f"cannot listen on {address}: it is in use, or not an address of this machine.",
+                cure="Choose another one with --grpc HOST:PORT.",
+            ) from error
+        self.show_health()
+        self._server.start()
+        return address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
+
+    def show_health(self) -> None:
+        """Tell Check, List and Watch what the models say: all together under "", each one under its name."""
+        ready = _SERVING if self._models.ready else _NOT_SERVING
+        for name in self._names:
+            self._health.set(name, ready)
+        for model in self._models:
+            self._health.set(model.name, _SERVING if model.state is State.READY else _NOT_SERVING)
+
+    def wait_idle(self, seconds: float) -> bool:
+        """Wait until every call has its response sent, or was cancelled. Returns whether it came to that."""
+        return self._calls.wait_idle(seconds)
+
+    def stop(self) -> None:
+        """Stop. What is still open is over its time, or a stream that never ends by itself, such as a health Watch."""
+        self._server.stop(_FLUSH_S).wait()
+
+
+class _Health(health.HealthServicer):  # type: ignore[misc]
+    """grpc.health.v1 with List, which the library's servicer does not have."""
+
+    def List(self, request: Any, context: Any) -> Any:  # noqa: N802
+        """Return the status of every service."""
+        with self._lock:
+            found = dict(self._server_status)
+        statuses = {name: health_pb2.HealthCheckResponse(status=status) for name, status in found.items()}
+        return health_pb2.HealthListResponse(statuses=statuses)
+
+
+def _credentials(tls: TlsSettings) -> grpc.ServerCredentials:
+    key, certificate = read_pem(tls.key), read_pem(tls.certificate)
+    authority = read_pem(tls.client_ca) if tls.client_ca else None
+    return grpc.ssl_server_credentials(
+        [(key, certificate)], root_certificates=authority, require_client_auth=authority is not None
+    )
+
+
+def read_pem(file: str) -> bytes:
+    """Return the bytes of a PEM file. Raises InputError."""
+    try:
+        data = Path(file).read_bytes()
+    except OSError as error:
+        raise InputError(f"the TLS file {file} cannot be read: {error}.", cure="Give a PEM file.") from error
+    if b"-----BEGIN" not in data:
+        raise InputError(f"the TLS file {file} is not PEM.", cure="Convert it with openssl.")
+    return data

@@ -1,0 +1,111 @@
+"""The HTTP port: uvicorn on the endpoints, in the same event loop as gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import ssl
+from collections.abc import Iterator
+from pathlib import Path
+
+import uvicorn
+
+from runtime.errors import InputError
+from runtime.serving.access import Keys
+from runtime.serving.models import Models
+from runtime.settings import ServeSettings
+from runtime.wire.http_app import HttpApp
+
+_BACKLOG = 2048
+_KEEP_ALIVE_S = 75
+_FLUSH_S = 2
+
+
+class HttpServer:
+    """One listening HTTP server on the models of a server."""
+
+    def __init__(self, models: Models, settings: ServeSettings, keys: Keys) -> None:
+        self.settings = settings
+        self._http = HttpApp(models, settings, keys)
+        tls = settings.tls
+        config = uvicorn.Config(
+            self._http.app,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            ws="none",
+            http="h11",  # it bounds a request's headers; httptools does not
+            server_header=False,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_graceful_shutdown=_FLUSH_S,
+            limit_concurrency=settings.max_connections,
+            ssl_certfile=tls.certificate if tls else None,
+            ssl_keyfile=tls.key if tls else None,
+            ssl_ca_certs=tls.client_ca or None if tls else None,
+            ssl_cert_reqs=ssl.CERT_REQUIRED if tls and tls.client_ca else ssl.CERT_NONE,
+        )
+        try:
+            config.load()
+        except (OSError, ssl.SSLError) as error:
+            raise InputError(
+                f"TLS cannot be set up: {error}.", cure="Give the certificate and its key as PEM."
+            ) from error
+        self._server = _Server(config)
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> str:
+        """Listen. Returns the address with the port really taken. Raises InputError."""
+        address = self.settings.http_address
+        try:
+            listening = _listen(address)
+        except OSError as error:
+            raise InputError(
+                f"cannot listen on {address}: {error.strerror or error}.",
+                cure="Choose another one with --http HOST:PORT.",
+            ) from error
+        self._task = asyncio.create_task(self._server.serve(sockets=[listening]))
+        while not self._server.started:
+            await asyncio.sleep(0.001)
+            if self._task.done():
+                self._task.result()
+        if address.startswith("unix:"):
+            return address
+        return f"{address.rpartition(':')[0]}:{listening.getsockname()[1]}"
+
+    async def idle(self) -> None:
+        """Return once no request is being answered."""
+        await self._http.idle()
+
+    async def stop(self) -> None:
+        """Stop listening and close all connections."""
+        self._server.should_exit = True
+        if self._task is not None:
+            await self._task
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without hands on the process's signals: `runtime.server` has them."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals alone."""
+        yield
+
+
+def _listen(address: str) -> socket.socket:
+    if address.startswith("unix:"):
+        path = Path(address.removeprefix("unix:"))
+        path.unlink(missing_ok=True)
+        listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listening.bind(str(path))
+    else:
+        host, _, port = address.rpartition(":")
+        host = host.strip("[]")
+        family, kind, protocol, _, where = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind, protocol)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(where)
+    listening.listen(_BACKLOG)
+    listening.setblocking(False)
+    return listening

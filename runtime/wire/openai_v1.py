@@ -1,0 +1,185 @@
+"""OpenAI's embeddings API: bodies in, calls to models, bodies out. Knows HTTP's statuses, and no server.
+
+A default call of the stock client asks for base64, which is also the fastest: little-endian float32, as the client
+decodes it. Beyond OpenAI's fields there are `prompt_name`, `prompt`, `input_type`, `truncate` and `normalize`.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+import msgspec
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from runtime.embedder import finish
+from runtime.errors import F2rtError, InputError, status_of
+from runtime.serving.call import EmbedCall, EmbedReply, instruction_for
+from runtime.tokenizer import Instruction, Truncate
+
+Text = Annotated[str, msgspec.Meta(description="One text, or a token id.")]
+
+
+class EmbeddingsRequest(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """Body of POST /v1/embeddings. `input` is a text, a list of texts, a list of token ids, or a list of such lists."""
+
+    input: str | list[str | int | list[int]]
+    model: str = ""
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    user: str | None = None
+    prompt_name: str | None = None
+    prompt: str | None = None
+    input_type: Literal["query", "passage", "document"] | None = None
+    truncate: Literal["error", "end", "start"] | None = None
+    normalize: bool = True
+
+
+class EmbeddingObject(msgspec.Struct):
+    """One vector: numbers, or base64 of little-endian float32."""
+
+    index: int
+    embedding: list[float] | str
+    object: Literal["embedding"] = "embedding"
+
+
+class Usage(msgspec.Struct):
+    """Tokens that the engine saw."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingsResponse(msgspec.Struct):
+    """Body of an answer. `fingerprint` names the engine that made the vectors."""
+
+    data: list[EmbeddingObject]
+    model: str
+    usage: Usage
+    fingerprint: str
+    object: Literal["list"] = "list"
+
+
+class ErrorDetail(msgspec.Struct):
+    """What is wrong, and the cure."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorResponse(msgspec.Struct):
+    """Body of every refusal."""
+
+    error: ErrorDetail
+
+
+_DECODER = msgspec.json.Decoder(EmbeddingsRequest)
+# OpenAI's own words for a status: its clients look at the HTTP status, people and gateways at these.
+_KINDS: dict[int, tuple[str, str | None]] = {
+    400: ("invalid_request_error", None),
+    401: ("invalid_request_error", "invalid_api_key"),
+    404: ("invalid_request_error", "not_found"),
+    405: ("invalid_request_error", "method_not_allowed"),
+    413: ("invalid_request_error", "request_too_large"),
+    415: ("invalid_request_error", "unsupported_media_type"),
+    429: ("rate_limit_error", "rate_limit_exceeded"),
+    500: ("server_error", "internal_error"),
+    503: ("server_error", "unavailable"),
+    504: ("server_error", "deadline_exceeded"),
+}
+
+
+def decode_request(body: bytes) -> EmbeddingsRequest:
+    """Return the request of a body. Raises InputError."""
+    try:
+        return _DECODER.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:  # ValidationError is a DecodeError
+        raise InputError(f"the body is no embeddings request: {error}.", cure="See /docs for its fields.") from error
+
+
+def make_call(
+    request: EmbeddingsRequest, eos_id: int, prompts: Mapping[str, str], *, request_id: str, deadline_s: float | None
+) -> EmbedCall:
+    """Translate a request. Raises InputError."""
+    texts, token_ids = _inputs(request.input)
+    for row, ids in enumerate(token_ids):
+        # Clients that tokenize with OpenAI's own vocabulary send ids that mean other words here, and never this EOS.
+        if ids and ids[-1] != eos_id:
+            raise InputError(
+                f"token ids {row} do not end with this model's EOS id {eos_id}: they come from another tokenizer.",
+                cure="Send texts (LangChain: check_embedding_ctx_length=False), or ids of this model's tokenizer.",
+            )
+    if request.input_type is not None:
+        if request.prompt is not None or request.prompt_name is not None:
+            raise InputError("input_type and a prompt were both given.", cure="Give one of them.")
+        instruction = instruction_for(request.input_type, prompts)
+    else:
+        instruction = Instruction(request.prompt_name, request.prompt)
+    return EmbedCall(
+        texts=texts,
+        token_ids=token_ids,
+        instruction=instruction,
+        truncate=None if request.truncate is None else Truncate(request.truncate),
+        dimensions=request.dimensions,
+        normalize=request.normalize,
+        deadline_s=deadline_s,
+        request_id=request_id,
+        model=request.model,
+    )
+
+
+def encode_reply(request: EmbeddingsRequest, call: EmbedCall, reply: EmbedReply, model: str) -> bytes:
+    """Return the body of an answer."""
+    vectors = finish(reply.vectors, call.dimensions, call.normalize)
+    tokens = sum(len(item.ids) for item in reply.items)
+    data = [
+        {"object": "embedding", "index": index, "embedding": embedding}
+        for index, embedding in enumerate(_embeddings(vectors, request.encoding_format))
+    ]
+    body = {
+        "object": "list",
+        "data": data,
+        "model": model,
+        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+        "fingerprint": reply.fingerprint,
+    }
+    return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def encode_error(error: F2rtError) -> tuple[int, bytes]:
+    """Return the HTTP status of an error and its body."""
+    status = status_of(error).http
+    return status, error_body(status, str(error))
+
+
+def error_body(status: int, message: str) -> bytes:
+    """Return an error's body as OpenAI's clients read it."""
+    kind, code = _KINDS.get(status, ("invalid_request_error" if status < 500 else "server_error", None))
+    return msgspec.json.encode(ErrorResponse(ErrorDetail(message, kind, None, code)))
+
+
+def _inputs(given: str | list[Any]) -> tuple[Sequence[str], Sequence[Sequence[int]]]:
+    """Tell texts from token ids: one text, texts, one row of ids, rows of ids. Raises InputError for a mixture."""
+    if isinstance(given, str):
+        return [given], []
+    kinds = {type(item) for item in given}
+    if kinds == {str}:
+        return given, []
+    if kinds == {int}:
+        return [], [given]
+    if kinds == {list}:
+        return [], given
+    if not kinds:
+        raise InputError("input is empty.", cure="Send at least one text.")
+    raise InputError("input mixes texts and token ids.", cure="Send texts, or lists of token ids.")
+
+
+def _embeddings(vectors: NDArray[np.float32], encoding: str) -> Sequence[Any]:
+    if encoding == "float":
+        return list(np.ascontiguousarray(vectors))
+    return [base64.b64encode(row).decode("ascii") for row in np.ascontiguousarray(vectors.astype("<f4", copy=False))]
