@@ -1,4 +1,6 @@
-"""What a batch costs in time, learned while serving: a + b x tokens, in milliseconds. No clock here.
+"""What a batch costs in time, learned while serving: a + b x tokens, in milliseconds; and how much is asked for.
+
+No clock here.
 
 `a` is what every batch costs (reading the weights, starting kernels), `b` what one padded token adds. Their ratio says
 how much padding is worth one batch less, and how large a batch has to be.
@@ -6,7 +8,10 @@ how much padding is worth one batch less, and how large a batch has to be.
 
 from __future__ import annotations
 
+from collections import deque
+
 _FORGET = 0.98  # weight of what was known before, per observation: about fifty batches are remembered
+_EVENTS = 128  # arrivals and answers that the pressure is taken over
 _LEAST_SPREAD = 0.05  # of the token counts, relative: below it the slope cannot be told from the intercept
 
 
@@ -66,3 +71,35 @@ class CostModel:
         slope = min(max(slope, 0.0), mean_ms / mean_tokens)  # neither part of a cost is negative
         self.token_ms = slope
         self.fixed_ms = max(mean_ms - slope * mean_tokens, 0.0)
+
+
+class Pressure:
+    """How many requests come for each one that is served, refused ones included, over the latest events of both kinds.
+
+    Counted by events and not by time, it means the same for a fast engine and a slow one. Not thread-safe.
+    """
+
+    def __init__(self) -> None:
+        self._events: deque[bool] = deque(maxlen=_EVENTS)
+        self._arrived = 0
+
+    def arrived(self) -> None:
+        """Count a request that came."""
+        self._add(True)
+
+    def served(self) -> None:
+        """Count a request that was served."""
+        self._add(False)
+
+    @property
+    def ratio(self) -> float:
+        """Requests that came for each one served; 1 while too little is known."""
+        if len(self._events) < _EVENTS:
+            return 1.0
+        return self._arrived / max(len(self._events) - self._arrived, 1)
+
+    def _add(self, arrival: bool) -> None:
+        if len(self._events) == _EVENTS:
+            self._arrived -= self._events[0]
+        self._events.append(arrival)
+        self._arrived += arrival

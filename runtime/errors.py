@@ -2,6 +2,7 @@
 
     F2rtError
     ├── InputError             a request, file or argument the caller has to change
+    │   ├── TooLargeError      a message beyond the limit
     │   └── CheckpointError    a checkpoint that breaks the contract; names the file and the field
     ├── NotFoundError          an engine, model or prompt that does not exist
     ├── AccessError            no API key, or a wrong one
@@ -54,6 +55,10 @@ class F2rtError(Exception):
 
 class InputError(F2rtError):
     """The caller's request, file or argument has to change."""
+
+
+class TooLargeError(InputError):
+    """A message beyond the limit."""
 
 
 class CheckpointError(InputError):
@@ -123,6 +128,7 @@ class Status:
 
 STATUS: dict[type[F2rtError], Status] = {
     InputError: Status("INVALID_ARGUMENT", 400),
+    TooLargeError: Status("INVALID_ARGUMENT", 413),
     NotFoundError: Status("NOT_FOUND", 404),
     AccessError: Status("UNAUTHENTICATED", 401),
     OverloadedError: Status("RESOURCE_EXHAUSTED", 429),

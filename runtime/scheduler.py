@@ -15,11 +15,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from runtime.cost import CostModel
+from runtime.cost import CostModel, Pressure
 from runtime.errors import DeadlineError, InputError, OverloadedError
 from runtime.settings import Limits, SchedulingSettings
 
 _CANDIDATE_ITEMS = 64  # looked at for one batch: enough to find neighbours in length, few enough to cost nothing
+_LEARN = 0.1  # how fast the mean size of a request follows
 _WASTE = 0.04  # of a batch that padding may be in any case
 
 Shape = Callable[[int, int], int]
@@ -109,39 +110,47 @@ class FairQueue:
         self._virtual = 0.0
         self._numbers = itertools.count()
         self._busy_since_s: float | None = None
+        self._pressure = Pressure()
+        self._mean_tokens = 0.0  # of a request
 
     def __len__(self) -> int:
         return self._tickets
 
     def check_door(self, now_s: float) -> None:
-        """Raise OverloadedError when no request can be admitted now. Costs nothing: it is asked before tokenization.
+        """Raise OverloadedError when no request can be admitted now. Cheap: it is asked before tokenization.
 
-        A burst may fill the queue up to `max_wait_ms`; a queue that was not empty for `burst_ms` is no burst but
-        overload, and is kept at `standing_wait_ms`: longer, it would add latency and not one answer.
+        A burst may wait up to `max_wait_ms`. Where more is asked for than can be done, a queue of that length would add
+        latency and not one answer: it is then kept at a few batches.
         """
         settings = self._settings
-        if self._tickets >= settings.max_waiting_requests:
-            self._refuse(f"{self._tickets} requests are waiting; the limit is {settings.max_waiting_requests}")
-        if self.items >= settings.max_waiting_items:
-            self._refuse(f"{self.items} texts are waiting; the limit is {settings.max_waiting_items}")
-        if self.tokens >= settings.max_waiting_tokens:
-            self._refuse(f"{self.tokens} tokens are waiting; the limit is {settings.max_waiting_tokens}")
-        if not self._tickets:
-            return
-        wait_ms = self.wait_ms()
-        if wait_ms > settings.max_wait_ms:
-            self._refuse(f"the wait is {wait_ms:.0f} ms; the limit is {settings.max_wait_ms:g} ms")
-        if self._busy_since_s is not None and 1e3 * (now_s - self._busy_since_s) > settings.burst_ms:
-            standing_ms = self.standing_wait_ms
+        self._pressure.arrived()
+        for waiting, limit, what in (
+            (self._tickets, settings.max_waiting_requests, "requests"),
+            (self.items, settings.max_waiting_items, "texts"),
+            (self.tokens, settings.max_waiting_tokens, "tokens"),
+        ):
+            if waiting >= limit:
+                self._refuse(f"{waiting} {what} are waiting; the limit is {limit}")
+        if self.is_overloaded(now_s):
+            wait_ms, standing_ms = self.wait_ms(int(self._mean_tokens)), self.standing_wait_ms
             if wait_ms > standing_ms:
                 self._refuse(
-                    f"requests have been waiting for {now_s - self._busy_since_s:.1f} s without a pause and the wait "
-                    f"is {wait_ms:.0f} ms; in lasting overload the limit is {standing_ms:.0f} ms"
+                    f"{self._pressure.ratio:.1f} times as many requests come as can be answered, and the wait is "
+                    f"{wait_ms:.0f} ms; in overload the limit is {standing_ms:.0f} ms"
                 )
+
+    def is_overloaded(self, now_s: float) -> bool:
+        """Whether requests have been waiting for `burst_ms` without a pause while more came than were answered.
+
+        Both are needed: callers that each wait for their answer keep a queue, and never ask for more than is done.
+        """
+        since_s = self._busy_since_s
+        lasting = since_s is not None and 1e3 * (now_s - since_s) > self._settings.burst_ms
+        return lasting and self._pressure.ratio > self._settings.overload
 
     @property
     def standing_wait_ms(self) -> float:
-        """The wait that a lasting queue may have: a few efficient batches."""
+        """The wait that is let in overload: a few efficient batches."""
         return self._settings.standing_batches * self.cost.batch_ms(self.budget)
 
     @property
@@ -150,10 +159,13 @@ class FairQueue:
         least, most = self._settings.least_batch_tokens, self._limits.max_batch_tokens
         return min(max(self.cost.efficient_tokens(self._settings.efficiency), least), most)
 
-    def wait_ms(self) -> float:
-        """Return how long all that waits will take."""
-        batches = -(-self.tokens // self.budget)
-        return self.cost.fixed_ms * batches + self.cost.token_ms * self.tokens
+    def wait_ms(self, own_tokens: int) -> float:
+        """Return how long a request of so many tokens would wait for others.
+
+        While it is served, no other request gets more tokens than it does, so a long one counts as its equal.
+        """
+        ahead = sum(min(other.waiting_tokens, own_tokens) for _, _, other in self._heap if other.open)
+        return self.cost.fixed_ms * -(-ahead // self.budget) + self.cost.token_ms * ahead
 
     def admit(self, ticket: Ticket, now_s: float, *, bounded: bool = True) -> None:
         """Take in a request; one that is not `bounded` however much waits.
@@ -175,32 +187,26 @@ class FairQueue:
         self._push(ticket, self._virtual)
 
     def _check_room(self, ticket: Ticket, count: int, tokens: int, now_s: float) -> None:
-        self.check_door(now_s)
+        self._mean_tokens += _LEARN * (tokens - self._mean_tokens)
         settings = self._settings
         # What is too large for the queue, and not for the server, gets it when it is empty.
         for waiting, own, limit, what in (
+            (self._tickets, 1, settings.max_waiting_requests, "requests"),
             (self.tokens, tokens, settings.max_waiting_tokens, "tokens"),
             (self.items, count, settings.max_waiting_items, "texts"),
         ):
             if self._tickets and waiting + own > limit:
                 self._refuse(f"{waiting} {what} are waiting and this request has {own}; the limit is {limit}")
+        wait_ms = self.wait_ms(tokens)
+        if wait_ms > settings.max_wait_ms:
+            self._refuse(f"the wait is {wait_ms:.0f} ms; the limit is {settings.max_wait_ms:g} ms")
         if ticket.deadline_s is not None:
-            needed_ms, left_ms = self.finish_ms(ticket), 1e3 * (ticket.deadline_s - now_s)
+            needed_ms, left_ms = wait_ms + self.cost.batch_ms(tokens), 1e3 * (ticket.deadline_s - now_s)
             if needed_ms > left_ms:
                 raise DeadlineError(
                     f"the answer would take {needed_ms:.0f} ms, and the deadline leaves {max(left_ms, 0):.0f} ms.",
                     cure="Allow more time, send fewer texts, or ask another replica.",
                 )
-
-    def finish_ms(self, ticket: Ticket) -> float:
-        """Return how long the request would take from now: its own work, and the fair share of all that waits.
-
-        While it is served, no other request gets more tokens than it does.
-        """
-        own = sum(ticket.lengths)
-        ahead = sum(min(other.waiting_tokens, own) for _, _, other in self._heap if other.open)
-        batches = max(1, -(-(own + ahead) // self.budget))
-        return self.cost.fixed_ms * batches + self.cost.token_ms * (own + ahead)
 
     def cancel(self, ticket: Ticket) -> None:
         """Drop what of a request is in no batch yet. Unknown and finished ones are none."""
@@ -219,7 +225,7 @@ class FairQueue:
             taken[ticket].append(index)
         for ticket, indices in taken.items():
             self._take(ticket, indices)
-        self._rest(now_s)
+        self._rest()
         return Planned(chosen, max(ticket.lengths[index] for ticket, index in chosen))
 
     def _candidates(self, now_s: float) -> list[tuple[Ticket, int]]:
@@ -240,7 +246,7 @@ class FairQueue:
             for index in ticket.order[:most]:
                 found.append((ticket, index))
                 tokens += ticket.lengths[index]
-        self._rest(now_s)
+        self._rest()
         return found
 
     def _least_ms(self, ticket: Ticket) -> float:
@@ -270,7 +276,7 @@ class FairQueue:
                 if too_large or padded - real > max(spare, _WASTE * padded):
                     break
                 score = real / (spare + self._shape(count, width))
-                if bottom <= head and score > best_score:
+                if bottom <= head and score >= best_score:  # of equals the larger one
                     best, best_score = (bottom, top), score
         bottom, top = best
         return [candidates[k] for k in order[bottom : top + 1]]
@@ -293,6 +299,7 @@ class FairQueue:
         else:
             ticket.open = False
             self._tickets -= 1
+            self._pressure.served()
 
     def _push(self, ticket: Ticket, start: float) -> None:
         ticket.tag = start + ticket.lengths[ticket.order[0]]
@@ -305,12 +312,12 @@ class FairQueue:
         self.items -= len(ticket.order)
         self.tokens -= ticket.waiting_tokens
 
-    def _rest(self, now_s: float) -> None:
+    def _rest(self) -> None:
         if not self._tickets:
             self._heap.clear()
             self._busy_since_s = None
             self._virtual = 0.0
 
     def _refuse(self, reason: str) -> None:
-        retry_s = max(self.wait_ms() / 2e3, 0.05)
+        retry_s = max(self.wait_ms(self.tokens) / 2e3, 0.05)
         raise OverloadedError(f"{reason}.", cure=f"Try again in {retry_s:.2g} s.", retry_after_s=retry_s)

@@ -62,15 +62,17 @@ class SchedulingSettings:
 
     `efficiency`: batches are as large as it takes to reach this part of the engine's best throughput, at least
     `least_batch_tokens` and at most `Limits.max_batch_tokens`. `gather_ms`: how long an idle engine waits for company
-    for the first request. A burst may wait up to `max_wait_ms`; after `burst_ms` without an empty queue the wait is
-    held at `standing_batches` batches. The rest are hard limits.
+    for the first request. A burst may wait up to `max_wait_ms`; when something has been waiting for `burst_ms` without
+    a pause and `overload` times as many requests come as are served, only as long as `standing_batches` batches take.
+    The rest are hard limits.
     """
 
     efficiency: float = 0.95
     least_batch_tokens: int = 64
     gather_ms: float = 0.0
-    max_wait_ms: float = 1000.0
+    max_wait_ms: float = 2000.0
     burst_ms: float = 500.0
+    overload: float = 1.3
     standing_batches: float = 2.0
     max_waiting_requests: int = 1024
     max_waiting_items: int = 16_384
@@ -83,7 +85,13 @@ class SchedulingSettings:
                 cure="Give a number between 0 and 1, for example 0.95.",
             )
         for name, least in (
-            *(("gather_ms", 0.0), ("max_wait_ms", 0.0), ("burst_ms", 0.0), ("standing_batches", 1.0)),
+            *(
+                ("gather_ms", 0.0),
+                ("max_wait_ms", 0.0),
+                ("burst_ms", 0.0),
+                ("standing_batches", 1.0),
+                ("overload", 1.0),
+            ),
             *((n, 1) for n in ("least_batch_tokens", "max_waiting_requests", "max_waiting_items")),
             ("max_waiting_tokens", 1),
         ):
@@ -93,9 +101,7 @@ class SchedulingSettings:
 PRESETS = {
     "latency": SchedulingSettings(),
     # For indexing: large batches, a short wait for company, and a long queue instead of refusals.
-    "throughput": SchedulingSettings(
-        efficiency=0.985, gather_ms=5.0, max_wait_ms=60_000.0, burst_ms=60_000.0, standing_batches=1000.0
-    ),
+    "throughput": SchedulingSettings(efficiency=0.985, gather_ms=5.0, max_wait_ms=60_000.0, overload=1e9),
 }
 
 
@@ -154,7 +160,7 @@ class ServeSettings:
     truncate: Truncate = Truncate.END
     limits: Limits = field(default_factory=Limits)
     scheduling: SchedulingSettings = field(default_factory=SchedulingSettings)
-    max_message_bytes: int = 64 << 20
+    max_message_bytes: int = 32 << 20
     max_connections: int = 10_000
     drain_s: float = 10.0
     golden_period_s: float = 10.0

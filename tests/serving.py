@@ -9,13 +9,32 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2
 
 from runtime.client import EmbeddingClient
 
 ROOT = Path(__file__).resolve().parent.parent
+SERVING = health_pb2.HealthCheckResponse.SERVING
+TEXTS = [
+    "Where is the library?",
+    "La bibliothèque est fermée le lundi.",
+    "def add(a, b):\n    return a + b",
+    "图书馆在哪里？",
+    "a",
+    "",
+    "  \t\n",
+    "emoji 👩‍🔬 and NUL \x00 inside",
+    "Where is the library?",  # a duplicate
+    "The quick brown fox jumps over the lazy dog. " * 6,
+]
 START_S = 60.0  # a bound, never a wait: a busy machine may need a while to load and prove an engine
 MAIN = "from export.cli import main; main()"
 _SERVING = re.compile(r"serving .* on (\S+), fingerprint ([0-9a-f]{32})$")
@@ -151,3 +170,24 @@ def child_python(code: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
         process.wait(START_S)
         assert process.stdout is not None
         process.stdout.close()
+
+
+def failure(call: Callable[[], Any]) -> grpc.RpcError:
+    with pytest.raises(grpc.RpcError) as caught:
+        call()
+    return caught.value
+
+
+def rows_of_ids(rows: int, tokens: int, first: int = 5) -> list[list[int]]:
+    return [[first + row % 7] * tokens for row in range(rows)]
+
+
+LONG = rows_of_ids(96, 512)  # seconds of work in several batches
+
+
+def wait_until_busy(client: EmbeddingClient) -> None:
+    """Return once the engine works for somebody else: our own short requests had to wait for a batch each."""
+    end, waited = time.monotonic() + START_S, 0
+    while waited < 3:
+        waited = waited + 1 if client.embed(["busy?"]).timings.queue_ms > 1.5 else 0
+        assert time.monotonic() < end, "the engine never was busy"

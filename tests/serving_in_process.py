@@ -98,9 +98,7 @@ class InProcess:
 
     def __init__(self, *embedders: Embedder, http: bool = False, debug: bool = False, **settings: Any) -> None:
         fields = {"golden_period_s": NEVER_S, "limits": embedders[0].limits, **settings}
-        self.settings = ServeSettings(
-            grpc_address="127.0.0.1:0", http_address="127.0.0.1:0" if http else "", **fields
-        )
+        self.settings = ServeSettings(grpc_address="127.0.0.1:0", http_address="127.0.0.1:0" if http else "", **fields)
         self._embedders = embedders
         self.loop = asyncio.new_event_loop()
         self.loop.set_debug(debug)

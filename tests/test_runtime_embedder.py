@@ -379,11 +379,12 @@ def test_only_its_engine_imports_an_inference_library() -> None:
     assert outside == []
 
 
-def test_only_server_service_and_client_know_the_wire() -> None:
-    wire = ("grpc", "grpc_health", "grpc_reflection", "google")
-    assert set(importers("runtime", *wire)) == {"runtime/client.py", "runtime/server.py", "runtime/service.py"}
+def test_only_wire_and_client_know_a_protocol() -> None:
+    wire = ("grpc", "grpc_health", "grpc_reflection", "google", "starlette", "uvicorn")
+    found = set(importers("runtime", *wire))
+    assert {"runtime/client.py", "runtime/wire/f2rt_v1.py", "runtime/wire/http_app.py"} <= found
     stubs = {file for file, names in importers("runtime", "runtime").items() if any("._pb" in n for n in names)}
-    assert stubs <= {"runtime/client.py", "runtime/server.py", "runtime/service.py"}
+    assert all(file == "runtime/client.py" or file.startswith("runtime/wire/") for file in found | stubs)
 
 
 def test_imports_are_found_wherever_they_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,8 +19,10 @@ from runtime.errors import STATUS, F2rtError, missing_extra, status_of
 TABLE = {
     "F2rtError": ("INTERNAL", 500),
     "InputError": ("INVALID_ARGUMENT", 400),
+    "TooLargeError": ("INVALID_ARGUMENT", 413),
     "CheckpointError": ("INVALID_ARGUMENT", 400),
     "NotFoundError": ("NOT_FOUND", 404),
+    "AccessError": ("UNAUTHENTICATED", 401),
     "OverloadedError": ("RESOURCE_EXHAUSTED", 429),
     "DeadlineError": ("DEADLINE_EXCEEDED", 504),
     "UnavailableError": ("UNAVAILABLE", 503),
@@ -96,7 +98,7 @@ def test_other_exceptions_pass_through() -> None:
 
 
 class Failure(grpc.RpcError):
-    """What grpc raises, with the two methods a client reads."""
+    """What grpc raises, with the methods a client reads."""
 
     def __init__(self, code: grpc.StatusCode, details: str | None) -> None:
         self._code, self._details = code, details
@@ -107,9 +109,12 @@ class Failure(grpc.RpcError):
     def details(self) -> str | None:
         return self._details
 
+    def trailing_metadata(self) -> None:
+        return None
+
 
 def translated(code: grpc.StatusCode, details: str | None) -> F2rtError:
-    def fail(request: Any, timeout: float) -> Any:
+    def fail(request: Any, timeout: float, metadata: Any) -> Any:
         raise Failure(code, details)
 
     with EmbeddingClient("127.0.0.1:1") as client, pytest.raises(F2rtError) as caught:
@@ -123,6 +128,7 @@ def translated(code: grpc.StatusCode, details: str | None) -> F2rtError:
     [
         errors.InputError,
         errors.NotFoundError,
+        errors.AccessError,
         errors.OverloadedError,
         errors.DeadlineError,
         errors.UnavailableError,

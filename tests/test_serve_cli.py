@@ -187,10 +187,10 @@ def test_inspect_of_a_damaged_bundle(bundle_copy: Bundle, tmp_path: Path) -> Non
 def test_version_and_help() -> None:
     assert ok("--version").decode() == f"f2rt {runtime.__version__}\n"
     shown = ok("serve", "--help", env={"COLUMNS": "200", "NO_COLOR": "1"}).decode()
-    for part in ("--engine", "--grpc", "--threads", "F2RT_GRPC", "127.0.0.1:50051", "SIGTERM"):
+    for part in ("--engine", "--grpc", "--threads", "F2RT_NAME", "127.0.0.1:50051", "SIGTERM"):
         assert part in shown
     every = ok("--help", env={"COLUMNS": "200", "NO_COLOR": "1"}).decode()
-    for verb in ("export", "parity", "embed", "serve", "inspect", "synth"):
+    for verb in ("export", "parity", "embed", "serve", "reload", "inspect", "synth"):
         assert verb in every
 
 
@@ -211,7 +211,7 @@ class Missing:
 sys.meta_path.insert(0, Missing())
 """
 EXPORT_ONLY = "torch transformers onnx onnx_ir ml_dtypes safetensors huggingface_hub"
-SERVE_ONLY = "grpc grpc_health grpc_reflection google"
+SERVE_ONLY = "grpc grpc_health grpc_reflection google starlette uvicorn prometheus_client orjson"
 
 
 def test_export_verbs_without_their_libraries_name_the_extra(bundle: Bundle, mini: Path, tmp_path: Path) -> None:

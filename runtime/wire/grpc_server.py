@@ -39,7 +39,7 @@ class GrpcServer:
             ThreadPoolExecutor(settings.scheduling.max_waiting_requests + _SPARE, thread_name_prefix="f2rt-grpc"),
             options=[
                 ("grpc.max_receive_message_length", settings.max_message_bytes),
-                ("grpc.max_send_message_length", settings.max_message_bytes),
+                ("grpc.max_send_message_length", -1),
                 # Two servers on one port would share its connections unseen.
                 ("grpc.so_reuseport", 0),
                 # A peer that is gone without a word is found out, and one that does nothing is let go.

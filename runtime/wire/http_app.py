@@ -20,7 +20,7 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
 import runtime
-from runtime.errors import AccessError, F2rtError, InputError, OverloadedError
+from runtime.errors import AccessError, F2rtError, InputError, OverloadedError, TooLargeError
 from runtime.serving.access import Keys
 from runtime.serving.metrics import CONTENT_TYPE
 from runtime.serving.model import Model
@@ -35,10 +35,6 @@ _ENCODED_IN_LOOP = 1 << 16  # values
 _MOST_TIMEOUT_S = 24 * 3600.0
 
 Endpoint = Callable[[Request], Awaitable[Response]]
-
-
-class TooLargeError(InputError):
-    """A body beyond the limit: 413 over HTTP."""
 
 
 class HttpApp:
@@ -250,8 +246,6 @@ def _error(error: F2rtError) -> Response:
         }
     if isinstance(error, AccessError):
         headers = {"www-authenticate": "Bearer"}
-    if isinstance(error, TooLargeError):
-        status, body = 413, openai_v1.error_body(413, str(error))
     return Response(body, status, headers, media_type="application/json")
 
 

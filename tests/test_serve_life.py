@@ -1,0 +1,178 @@
+"""The server's process: how it starts, whom it refuses, and how it ends. A real process on loopback."""
+
+from __future__ import annotations
+
+import re
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import grpc
+import msgspec
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from runtime.bundle import MANIFEST, Bundle
+from runtime.embedder import Embedder, open_embedder
+from runtime.errors import UnavailableError
+from runtime.server import is_loopback
+from runtime.settings import ServeSettings
+from runtime.wire.f2rt_v1 import SERVICE_NAME
+from tests.serving import LONG, SERVING, START_S, TEXTS, ServerProcess, f2rt, failure, wait_until_busy
+
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+@pytest.fixture(scope="module")
+def embedder(bundle: Bundle) -> Iterator[Embedder]:
+    opened = open_embedder(bundle)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="module")
+def server(bundle: Bundle) -> Iterator[ServerProcess]:
+    with ServerProcess(bundle.folder) as running:
+        yield running
+
+
+def test_sigterm_finishes_what_was_admitted_and_refuses_the_rest(bundle: Bundle, embedder: Embedder) -> None:
+    with ServerProcess(bundle.folder) as server, server.client() as client, ThreadPoolExecutor(1) as pool:
+        with grpc.insecure_channel(server.address) as channel:
+            watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=SERVICE_NAME))
+            assert next(watch).status == SERVING
+            long = pool.submit(client.embed, token_ids=LONG)
+            wait_until_busy(client)
+            server.process.send_signal(signal.SIGTERM)
+            assert next(watch).status == NOT_SERVING
+            assert not long.done()
+            with pytest.raises(UnavailableError, match="shutting down"):
+                client.embed(["too late"])
+            with server.client() as late:
+                for refused_call in (late.embed, late.explain):
+                    with pytest.raises(UnavailableError, match=r"shutting down\. Ask another replica\."):
+                        refused_call(["too late"])
+                assert not late.ready()
+                assert not long.done()
+            assert np.array_equal(long.result(START_S).vectors, embedder.infer(embedder.verbatim(LONG)))
+            assert server.wait() == 0
+            failure(lambda: next(watch))  # the stream ends with the server
+        assert any("stopped" in line for line in server.log)
+        assert not any("Traceback" in line or "ERROR" in line for line in server.log), server.log
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_idle_server_stops_at_once_even_while_watched(bundle: Bundle, number: signal.Signals) -> None:
+    with ServerProcess(bundle.folder) as server, grpc.insecure_channel(server.address) as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert next(watch).status == SERVING
+        start = time.monotonic()
+        assert server.stop(number) == 0
+        assert time.monotonic() - start < ServeSettings().drain_s / 2
+        assert next(watch).status == NOT_SERVING
+        assert not any("Traceback" in line for line in server.log), server.log
+
+
+def test_a_unix_socket(bundle: Bundle, embedder: Embedder, tmp_path: Path) -> None:
+    address = f"unix:{tmp_path}/f2rt.sock"
+    with ServerProcess(bundle.folder, "--threads", "1", address=address) as server:
+        assert server.address == address
+        with server.client() as client:
+            assert np.allclose(client.embed(TEXTS).vectors, embedder.embed(TEXTS).vectors, atol=1e-5)
+        assert not any("open to the network" in line for line in server.log)
+        assert server.stop() == 0
+
+
+def refused(*arguments: str) -> str:
+    """Run `f2rt serve`, expect it to refuse, and return its standard error."""
+    done = f2rt("serve", *arguments)
+    text = done.stderr.decode()
+    assert done.returncode == 2, text
+    assert done.stdout == b""
+    assert re.search(r"^error: .+\.$", text, re.MULTILINE), text
+    assert re.search(r"^  cure: .+", text, re.MULTILINE), text
+    assert "Traceback" not in text
+    assert "serving" not in text
+    return text
+
+
+def test_a_port_in_use(bundle: Bundle) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        text = refused(str(bundle.folder), "--grpc", address)
+    assert f"cannot listen on {address}" in text
+    assert "--grpc HOST:PORT" in text
+
+
+@pytest.mark.parametrize("address", ["nonsense", "127.0.0.1:70000", ":50051", "127.0.0.1:-1", "203.0.113.7:50051"])
+def test_an_address_that_is_none(bundle: Bundle, address: str) -> None:
+    assert address in refused(str(bundle.folder), "--grpc", address)
+
+
+def test_a_second_server_on_the_port_of_the_first(bundle: Bundle, server: ServerProcess) -> None:
+    assert "in use" in refused(str(bundle.folder), "--grpc", server.address)
+
+
+def test_engines_that_must_not_answer(bundle_copy: Bundle, tmp_path: Path) -> None:
+    folder, manifest = bundle_copy.folder, bundle_copy.manifest
+    (engine,) = manifest.engines
+    assert engine.parity is not None
+
+    def write(**changes: Any) -> None:
+        changed = replace(manifest, engines=[replace(engine, **changes)])
+        (folder / MANIFEST).write_bytes(msgspec.json.encode(changed))
+
+    write(parity=None)
+    text = refused(str(folder), "--grpc", "127.0.0.1:0")
+    assert "never compared with PyTorch" in text
+    assert f"f2rt parity {folder}" in text
+    write(parity=replace(engine.parity, verdict="fail"))
+    text = refused(str(folder), "--engine", engine.name, "--grpc", "127.0.0.1:0")
+    assert "its verdict is fail" in text
+    write()
+    graph = bundle_copy.path(manifest.graphs[0].data.file)
+    data = bytearray(graph.read_bytes())
+    data[len(data) // 2] ^= 0x40
+    graph.write_bytes(data)
+    assert "SHA-256" in refused(str(folder), "--grpc", "127.0.0.1:0")
+
+
+def test_what_is_not_there(bundle: Bundle, tmp_path: Path) -> None:
+    text = refused(str(bundle.folder), "--engine", "onnxruntime:int3", "--grpc", "127.0.0.1:0")
+    assert "onnxruntime:int3" in text
+    assert "onnxruntime:fp32" in text
+    assert "is not there" in refused(str(tmp_path / "nowhere"))
+    assert "not a bundle" in refused(str(tmp_path))
+
+
+def test_an_address_open_to_the_network_is_warned_about(bundle: Bundle, server: ServerProcess) -> None:
+    with ServerProcess(bundle.folder, address="0.0.0.0:0") as open_server:
+        assert "WARNING" in open_server.wait_for_line("0.0.0.0:0 is open to the network without key or TLS")
+        assert open_server.stop() == 0
+    assert not any("open to the network" in line for line in server.log)
+
+
+@pytest.mark.parametrize(
+    ("address", "loopback"),
+    [
+        ("127.0.0.1:1", True),
+        ("127.8.9.1:1", True),
+        ("[::1]:1", True),
+        ("localhost:1", True),
+        ("unix:/run/f2rt.sock", True),
+        ("0.0.0.0:1", False),
+        ("[::]:1", False),
+        ("10.0.0.4:1", False),
+        ("localhost.example.org:1", False),
+    ],
+)
+def test_which_addresses_are_loopback(address: str, loopback: bool) -> None:
+    assert is_loopback(address) is loopback

@@ -1,0 +1,379 @@
+"""The way of a request through queue and engine, over gRPC, in this process: the engine is in the test's hand."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import grpc
+import httpx
+import numpy as np
+import pytest
+
+from runtime._pb.f2rt.v1 import embedding_pb2 as pb
+from runtime.bundle import Bundle
+from runtime.client import EmbeddingClient
+from runtime.embedder import Embedder, open_embedder
+from runtime.encoding import OutputDType
+from runtime.errors import EngineError, InputError, OverloadedError, UnavailableError
+from runtime.serving.call import EmbedCall
+from runtime.settings import EngineSettings, Limits, SchedulingSettings
+from tests.serving import START_S, TEXTS, failure, rows_of_ids
+from tests.serving_in_process import InProcess, held, wait_until
+
+FULL = grpc.StatusCode.RESOURCE_EXHAUSTED
+# Batches of one row: what is served when can be read from the engine's list.
+ROW_BY_ROW = Limits(max_batch_rows=1)
+
+
+@pytest.fixture(scope="module")
+def embedder(bundle: Bundle) -> Iterator[Embedder]:
+    opened = open_embedder(bundle)
+    yield opened
+    opened.close()
+
+
+def texts_request(texts: Sequence[str], **fields: Any) -> pb.EmbedRequest:
+    return pb.EmbedRequest(input=pb.EmbedInput(texts=texts), **fields)
+
+
+def ids_request(*rows: Sequence[int], **fields: Any) -> pb.EmbedRequest:
+    return pb.EmbedRequest(input=pb.EmbedInput(token_ids=[pb.TokenIds(ids=row) for row in rows]), **fields)
+
+
+def vectors_of(answer: pb.EmbedResponse) -> np.ndarray[Any, Any]:
+    return np.frombuffer(answer.embeddings, "<f4").reshape(answer.rows, answer.dim)
+
+
+def wait_queued(server: InProcess, requests: int) -> None:
+    wait_until(lambda: server.model.pipeline.waiting[0] >= requests)
+
+
+def scheduling(**fields: Any) -> SchedulingSettings:
+    return SchedulingSettings(**{"max_wait_ms": 1e9, "overload": 1e9, **fields})
+
+
+def test_too_many_waiting_is_refused_with_the_time_to_come_back(embedder: Embedder) -> None:
+    engine, own = held(embedder)
+    with InProcess(own, scheduling=scheduling(max_waiting_requests=1)) as server, server.channel() as channel:
+        stub = server.stub(channel)
+        first = stub.Embed.future(ids_request([5, 6]))
+        engine.wait_begun(1)
+        second = stub.Embed.future(ids_request([7, 7]))
+        wait_queued(server, 1)
+        error = failure(lambda: stub.Embed(ids_request([8])))
+        assert error.code() is FULL
+        assert "1 requests are waiting; the limit is 1. Try again in" in error.details()
+        with EmbeddingClient(server.grpc) as client, pytest.raises(OverloadedError) as caught:
+            client.embed(["a"])
+        assert caught.value.retry_after_s > 0
+        # Refused at the door: it costs no tokenization, and Explain, which needs no engine, still answers.
+        stub.Explain(pb.ExplainRequest(input=pb.EmbedInput(texts=["a"])))
+        engine.allow(10)
+        assert np.array_equal(vectors_of(first.result()), embedder.infer(embedder.verbatim([[5, 6]])))
+        second.result()
+        stub.Embed(ids_request([8]))
+        assert engine.begun == [5, 7, 8]
+        assert server.metric("f2rt_rejected_requests_total", model="mini", reason="resource_exhausted") == 2
+
+
+@pytest.mark.parametrize(
+    ("limits", "what"),
+    [({"max_waiting_items": 3}, "3 texts are waiting"), ({"max_waiting_tokens": 6}, "6 tokens are waiting")],
+)
+def test_items_and_tokens_are_bounded_and_a_request_is_admitted_whole(
+    embedder: Embedder, limits: dict[str, int], what: str
+) -> None:
+    engine, own = held(embedder)
+    with InProcess(own, scheduling=scheduling(**limits)) as server, server.channel() as channel:
+        stub = server.stub(channel)
+        first = stub.Embed.future(ids_request([5, 6]))
+        engine.wait_begun(1)
+        second = stub.Embed.future(ids_request([7, 7], [7, 8], [7, 9]))  # larger than the queue, which is empty
+        wait_queued(server, 1)
+        error = failure(lambda: stub.Embed(ids_request([8], [9])))
+        assert error.code() is FULL
+        assert what in error.details()
+        engine.allow(10)
+        first.result()
+        assert second.result().rows == 3
+        assert 8 not in engine.begun
+
+
+@pytest.mark.parametrize("how", ["cancel", "deadline"])
+def test_work_dropped_while_it_waits_is_never_computed(embedder: Embedder, how: str) -> None:
+    engine, own = held(embedder)
+    with InProcess(own) as server, server.channel() as channel:
+        stub = server.stub(channel)
+        first = stub.Embed.future(ids_request([5, 6]))
+        engine.wait_begun(1)
+        second = stub.Embed.future(ids_request([7, 7]), timeout=0.3 if how == "deadline" else START_S)
+        wait_queued(server, 1)
+        if how == "cancel":
+            second.cancel()
+        else:
+            assert failure(second.result).code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        wait_until(lambda: server.model.pipeline.waiting == (0, 0, 0))
+        engine.allow(10)
+        first.result()
+        stub.Embed(ids_request([9]))
+        assert engine.begun == [5, 9]
+
+
+def test_a_deadline_that_cannot_be_met_is_refused_at_once(embedder: Embedder) -> None:
+    """The engine needs a second per token, as far as it is known: 3 tokens wait, and 5 s are given for 4 more."""
+    engine, own = held(embedder)
+    with InProcess(own, scheduling=scheduling()) as server, server.channel() as channel:
+        stub = server.stub(channel)
+        cost = server.model.pipeline._queue.cost
+        for tokens in (1, 10, 100, 1000):
+            cost.observe(tokens, 1000.0 * tokens)
+        first = stub.Embed.future(ids_request([5, 6]))
+        engine.wait_begun(1)
+        second = stub.Embed.future(ids_request([7, 7, 7]))
+        wait_queued(server, 1)
+        error = failure(lambda: stub.Embed(ids_request([8] * 4), timeout=5.0))
+        assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert "the answer would take 7000 ms, and the deadline leaves" in error.details()
+        engine.allow(10)
+        first.result()
+        second.result()
+        assert 8 not in engine.begun
+
+
+def test_a_cancelled_request_gives_the_engine_back_after_one_batch(embedder: Embedder) -> None:
+    engine, own = held(embedder, ROW_BY_ROW)
+    with InProcess(own) as server, server.channel() as channel:
+        stub = server.stub(channel)
+        call = stub.Embed.future(ids_request(*[[5, 6]] * 50))
+        engine.wait_begun(1)
+        call.cancel()
+        wait_until(lambda: server.model.pipeline.waiting == (0, 0, 0))
+        engine.allow(1000)
+        stub.Embed(ids_request([9]))
+        assert engine.begun == [5, 9]
+
+
+def test_a_short_request_passes_what_is_left_of_long_ones(embedder: Embedder) -> None:
+    engine, own = held(embedder, ROW_BY_ROW)
+    with InProcess(own) as server, server.channel() as channel:
+        stub = server.stub(channel)
+        rows = [[5] * 20] * 8
+        long = [stub.Embed.future(ids_request(*rows)) for _ in range(3)]
+        wait_until(lambda: server.model.pipeline.waiting[1] == 23)
+        short = stub.Embed.future(ids_request([9, 9]))
+        wait_queued(server, 4)
+        engine.allow(2)  # the batch that runs, and the next one
+        short.result()
+        assert engine.begun[:2] == [5, 9]
+        engine.allow(100)
+        expected = embedder.infer(embedder.verbatim(rows))
+        for call in long:
+            assert np.allclose(vectors_of(call.result()), expected, atol=1e-6)
+
+
+def test_one_batch_at_a_time_whoever_asks(embedder: Embedder) -> None:
+    """Threads of 40 callers take the engine in turns: it never runs twice at once, and nothing is left behind."""
+    engine, own = held(embedder, permits=100_000)
+    with InProcess(own) as server, EmbeddingClient(server.grpc) as client, ThreadPoolExecutor(40) as pool:
+        expected = {n: embedder.infer(embedder.verbatim([[n] * (1 + n % 9)]))[0] for n in range(5, 45)}
+
+        def one(n: int) -> None:
+            for _ in range(5):
+                got = client.embed(token_ids=[[n] * (1 + n % 9)]).vectors[0]
+                assert np.allclose(got, expected[n], atol=1e-5)
+
+        list(pool.map(one, expected))
+        assert engine.most_running == 1
+        assert max(engine.rows) > 1, "nobody ever shared a batch"
+        assert server.model.pipeline.waiting == (0, 0, 0)
+        assert server.metric("f2rt_texts_total", model="mini") == 200
+
+
+def test_a_request_that_cannot_be_run_fails_alone(embedder: Embedder) -> None:
+    engine, own = held(embedder)
+    with InProcess(own) as server, server.channel() as channel:
+        stub = server.stub(channel)
+        first = stub.Embed.future(ids_request([5, 6]))
+        engine.wait_begun(1)
+        good, bad = stub.Embed.future(ids_request([7, 7])), stub.Embed.future(ids_request([8, 8]))
+        wait_queued(server, 2)
+        engine.fault, engine.fault_for = EngineError("too hot.", cure="Cool it."), 8
+        engine.allow(100)
+        first.result()
+        assert np.allclose(vectors_of(good.result()), embedder.infer(embedder.verbatim([[7, 7]])), atol=1e-6)
+        error = failure(bad.result)
+        assert (error.code(), error.details()) == (grpc.StatusCode.INTERNAL, "too hot. Cool it.")
+
+
+def test_faults_in_the_engine(embedder: Embedder, caplog: pytest.LogCaptureFixture) -> None:
+    engine, own = held(embedder, permits=100_000)
+    with InProcess(own) as server, server.channel() as channel:
+        stub = server.stub(channel)
+        engine.fault = RuntimeError("secret /etc/path")
+        error = failure(lambda: stub.Embed(ids_request([5], [6])))
+        assert error.code() is grpc.StatusCode.INTERNAL
+        assert "secret" not in error.details()
+        assert "log" in error.details()
+        assert "secret /etc/path" in caplog.text
+        engine.fault = None
+        engine.spoil = float("nan")
+        error = failure(lambda: stub.Embed(texts_request(["a"])))
+        assert error.code() is grpc.StatusCode.INTERNAL
+        assert "not finite" in error.details()
+        engine.spoil = None
+        # Each engine error lets the golden texts run; until they are right nothing is answered.
+        wait_until(lambda: server.model.state == "ready")
+        answer = stub.Embed(texts_request(TEXTS))
+        assert np.allclose(vectors_of(answer), embedder.embed(TEXTS).vectors, atol=1e-6)
+
+
+def test_a_vector_that_has_a_batch_to_itself_is_not_copied(embedder: Embedder) -> None:
+    """One text, or several in the engine's order: what is answered is the engine's own array."""
+    made: list[Any] = []
+
+    class Noting:
+        def __init__(self) -> None:
+            inner = embedder.loaded.engine
+            self.name, self.precision, self.fingerprint = inner.name, inner.precision, inner.fingerprint
+            self.max_tokens, self.buckets = inner.max_tokens, inner.buckets
+
+        def run(self, batch: Any) -> Any:
+            made.append(embedder.loaded.engine.run(batch))
+            return made[-1]
+
+        def close(self) -> None:
+            pass
+
+    own = Embedder(embedder.bundle, replace(embedder.loaded, engine=Noting()), Limits())
+    with InProcess(own) as server:
+        one = server.model.answer(EmbedCall(texts=["a text"]), lambda job, pipeline: None)
+        assert one.vectors is made[-1]
+        equal = server.model.answer(EmbedCall(token_ids=[[5, 6], [7, 8]]), lambda job, pipeline: None)
+        assert equal.vectors is made[-1]
+        other = server.model.answer(EmbedCall(token_ids=[[5], [7, 8]]), lambda job, pipeline: None)
+        assert not any(other.vectors is array for array in made)
+
+
+def test_throughput_preset_waits_for_company(embedder: Embedder) -> None:
+    engine, own = held(embedder, permits=1000)
+    settings = scheduling(gather_ms=2000.0, least_batch_tokens=4)
+    with InProcess(own, scheduling=settings) as server, ThreadPoolExecutor(2) as pool:
+        with EmbeddingClient(server.grpc) as client:
+            both = [pool.submit(client.embed, token_ids=[[n, n]]) for n in (5, 6)]
+            for future in both:
+                future.result(START_S)
+        assert engine.rows == [2]
+
+
+def test_a_stream_answers_in_order_and_outlives_its_errors(embedder: Embedder) -> None:
+    _, own = held(embedder, permits=100_000)
+    with InProcess(own) as server, EmbeddingClient(server.grpc) as client:
+        batches = [["one"], ["two", "three"], [], ["four"] * 3]
+        answers = list(client.embed_stream(batches, dimensions=64))
+        assert [type(a).__name__ for a in answers] == ["EmbedAnswer", "EmbedAnswer", "InputError", "EmbedAnswer"]
+        for texts, answer in zip(batches, answers, strict=True):
+            if texts:
+                expected = embedder.embed(texts, dimensions=64).vectors
+                assert np.allclose(answer.vectors, expected, atol=1e-6)  # type: ignore[union-attr]
+        assert "0 items" in str(answers[2])
+        many = client.embed_stream(([f"text {n}"] for n in range(200)), dimensions=8)
+        assert sum(answer.vectors.shape == (1, 8) for answer in many) == 200  # type: ignore[union-attr]
+        wait_until(lambda: not any(t.name == "f2rt-stream" for t in threading.enumerate()))
+
+
+def test_a_stream_whose_reader_is_gone_stops(embedder: Embedder) -> None:
+    engine, own = held(embedder, permits=100_000)
+    with InProcess(own) as server:
+        with EmbeddingClient(server.grpc) as client:
+            endless = client.embed_stream([f"text {n}"] for n in range(1_000_000))
+            for _ in range(3):
+                next(endless)
+        # The channel is closed: the server's side of the stream comes to its end.
+        wait_until(lambda: not any(t.name == "f2rt-stream" for t in threading.enumerate()))
+        assert len(engine.begun) < 1000
+        with EmbeddingClient(server.grpc) as client:
+            client.embed(["still there"])
+
+
+def test_the_event_loop_is_never_blocked(bundle: Bundle, caplog: pytest.LogCaptureFixture) -> None:
+    """The largest requests of each kind, in asyncio's debug mode: no callback takes 100 ms.
+
+    A blocking call shows in every attempt, a busy machine does not.
+    """
+
+    def traffic(server: InProcess) -> None:
+        with EmbeddingClient(server.grpc) as client:
+            client.wait_ready(START_S)
+            client.embed([f"text {i}" for i in range(2048)], dimensions=200, dtype=OutputDType.INT8)
+            client.explain(token_ids=rows_of_ids(300, 1000))
+            for wrong in ({"token_ids": rows_of_ids(1, 1_000_000)}, {"texts": ["a"] * 500_000}):
+                with pytest.raises(InputError):
+                    client.embed(**wrong)  # type: ignore[arg-type]
+            client.info()
+        body = {"input": [f"text {i}" for i in range(2048)]}
+        answer = httpx.post(f"http://{server.http}/v1/embeddings", json=body, timeout=START_S)
+        assert len(answer.json()["data"]) == 2048
+
+    def attempt() -> list[str]:
+        embedder = open_embedder(bundle, settings=EngineSettings(threads=1, spin=False))
+        caplog.clear()
+        with InProcess(embedder, http=True, debug=True) as server:
+            server.loop.slow_callback_duration = 0.1
+            traffic(server)
+        records = [r for r in caplog.records if r.name == "asyncio" and " took " in r.getMessage()]
+        return [r.getMessage() for r in records]
+
+    attempts: list[list[str]] = []
+    with caplog.at_level(logging.WARNING, "asyncio"):
+        while len(attempts) < 3 and all(attempts):
+            attempts.append(attempt())
+    assert not all(attempts), "\n".join(attempts[-1])
+
+
+def test_what_outlives_the_drain_is_cut_off_after_its_batch(embedder: Embedder) -> None:
+    engine, own = held(embedder, ROW_BY_ROW)
+    with InProcess(own, drain_s=0.2) as server, server.channel() as channel:
+        call = server.stub(channel).Embed.future(ids_request(*[[5, 6]] * 9))
+        engine.wait_begun(1)
+        stopping = server.stopping()
+        assert failure(call.result).code() is grpc.StatusCode.UNAVAILABLE
+        engine.allow(1000)
+        stopping.result(START_S)
+        assert engine.begun == [5]
+
+
+def test_draining_finishes_what_was_admitted_and_refuses_the_rest(embedder: Embedder) -> None:
+    engine, own = held(embedder)
+    with InProcess(own) as server, server.channel() as channel:
+        stub = server.stub(channel)
+        first = stub.Embed.future(ids_request([5, 6]))
+        engine.wait_begun(1)
+        stopping = server.stopping()
+        with EmbeddingClient(server.grpc) as client:
+            wait_until(lambda: not client.ready())
+            with pytest.raises(UnavailableError, match="shutting down"):
+                client.embed(["a"])
+        assert not stopping.done()
+        engine.allow(10)
+        assert first.result().rows == 1
+        stopping.result(START_S)
+
+
+def test_a_cancelled_coroutine_drops_its_work(embedder: Embedder) -> None:
+    engine, own = held(embedder, ROW_BY_ROW)
+    with InProcess(own) as server:
+        call = EmbedCall(token_ids=[[5, 6]] * 20)
+        future = asyncio.run_coroutine_threadsafe(server.model.embed(call), server.loop)
+        engine.wait_begun(1)
+        future.cancel()
+        wait_until(lambda: server.model.pipeline.waiting == (0, 0, 0))
+        engine.allow(100)
+        answered = server.run(server.model.embed(EmbedCall(token_ids=[[9, 9]])))
+        assert np.allclose(answered.vectors, embedder.infer(embedder.verbatim([[9, 9]])), atol=1e-6)
+        assert engine.begun == [5, 9]
