@@ -19,7 +19,7 @@ from runtime.cost import CostModel, Pressure
 from runtime.errors import DeadlineError, InputError, OverloadedError
 from runtime.settings import Limits, SchedulingSettings
 
-_CANDIDATE_ITEMS = 64  # looked at for one batch: enough to find neighbours in length, few enough to cost nothing
+_CANDIDATE_ITEMS = 256  # looked at for one batch at most
 _LEARN = 0.1  # how fast the mean size of a request follows
 _WASTE = 0.04  # of a batch that padding may be in any case
 

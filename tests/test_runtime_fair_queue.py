@@ -1,0 +1,269 @@
+"""The queue by its properties: budgets kept, nothing lost or computed in vain, nobody starved, padding paid for."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runtime.cost import CostModel, Pressure
+from runtime.errors import DeadlineError, InputError, OverloadedError
+from runtime.scheduler import FairQueue, Planned, Ticket
+from runtime.settings import PRESETS, Limits, SchedulingSettings
+
+LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=20)
+COSTS = st.tuples(st.floats(0, 50), st.floats(0.001, 2))
+LIMITS = st.builds(Limits, max_batch_tokens=st.integers(1, 2000), max_batch_rows=st.integers(1, 16))
+
+
+def patient(**fields: Any) -> SchedulingSettings:
+    return SchedulingSettings(**{"max_wait_ms": 1e12, "overload": 1e9, "least_batch_tokens": 1, **fields})
+
+
+def known(fixed_ms: float, token_ms: float) -> CostModel:
+    cost = CostModel()
+    for tokens in (1, 16, 64, 256, 1024):
+        cost.observe(tokens, fixed_ms + token_ms * tokens)
+    return cost
+
+
+def queue(limits: Limits = Limits(), cost: CostModel | None = None, **fields: Any) -> FairQueue:
+    return FairQueue(limits, patient(**fields), cost)
+
+
+def drain(waiting: FairQueue, now_s: float = 0.0) -> list[Planned]:
+    batches = []
+    while (planned := waiting.next_batch(now_s)) is not None:
+        batches.append(planned)
+    return batches
+
+
+@given(st.lists(LENGTHS, max_size=12), LIMITS, COSTS)
+def test_each_item_is_served_once_and_no_budget_is_exceeded(
+    requests: list[list[int]], limits: Limits, cost: tuple[float, float]
+) -> None:
+    waiting = queue(limits, known(*cost))
+    tickets = [Ticket(lengths) for lengths in requests]
+    for ticket in tickets:
+        waiting.admit(ticket, 0)
+    assert (waiting.items, waiting.tokens) == (sum(map(len, requests)), sum(map(sum, requests)))
+    budget, batches = waiting.budget, drain(waiting)
+    assert budget <= limits.max_batch_tokens
+    for planned in batches:
+        assert planned.rows
+        assert len(planned.rows) <= limits.max_batch_rows
+        assert len(planned.rows) == 1 or planned.padded_tokens <= budget
+        assert planned.width == max(t.lengths[i] for t, i in planned.rows)
+    served = sorted((tickets.index(t), i) for planned in batches for t, i in planned.rows)
+    assert served == sorted((n, i) for n, lengths in enumerate(requests) for i in range(len(lengths)))
+    assert (len(waiting), waiting.items, waiting.tokens) == (0, 0, 0)
+
+
+@given(st.data(), LIMITS, COSTS)
+@settings(max_examples=200)
+def test_any_sequence_of_events_keeps_the_books(data: st.DataObject, limits: Limits, cost: tuple[float, float]) -> None:
+    """Admission, cancellation, expiry and service in any order: what waits is what was admitted and not yet left."""
+    waiting = queue(limits, known(*cost))
+    left: dict[Ticket, set[int]] = {}
+    now_s = 0.0
+    for _ in range(data.draw(st.integers(1, 30))):
+        action = data.draw(st.sampled_from(["admit", "admit", "serve", "cancel", "wait"]))
+        if action == "admit":
+            deadline = data.draw(st.one_of(st.none(), st.floats(0, 5)))
+            ticket = Ticket(data.draw(LENGTHS), None if deadline is None else now_s + deadline)
+            try:
+                waiting.admit(ticket, now_s)
+            except DeadlineError:
+                continue
+            left[ticket] = set(range(len(ticket.lengths)))
+        elif action == "cancel" and left:
+            ticket = data.draw(st.sampled_from(sorted(left, key=lambda t: t.number)))
+            waiting.cancel(ticket)
+            del left[ticket]
+        elif action == "serve":
+            planned = waiting.next_batch(now_s)
+            for ticket, index in planned.rows if planned else ():
+                left[ticket].remove(index)  # a KeyError: cancelled, expired, or served before
+                if not left[ticket]:
+                    del left[ticket]
+        elif action == "wait":
+            now_s += data.draw(st.floats(0, 3))
+        for ticket in waiting.expired:
+            assert ticket.deadline_s is not None
+            del left[ticket]
+        waiting.expired.clear()
+        assert len(waiting) == len(left)
+        assert waiting.items == sum(map(len, left.values()))
+        assert waiting.tokens == sum(t.lengths[i] for t, indices in left.items() for i in indices)
+
+
+@given(LENGTHS, st.integers(1, 50), st.integers(1, 50))
+def test_a_request_is_admitted_whole_or_not_at_all(lengths: list[int], items: int, tokens: int) -> None:
+    waiting = queue(max_waiting_items=items, max_waiting_tokens=tokens)
+    waiting.admit(Ticket([1]), 0)
+    before = len(waiting), waiting.items, waiting.tokens
+    if len(lengths) + 1 > items or sum(lengths) + 1 > tokens:
+        with pytest.raises(OverloadedError) as caught:
+            waiting.admit(Ticket(lengths), 0)
+        assert caught.value.retry_after_s > 0
+        assert (len(waiting), waiting.items, waiting.tokens) == before
+    else:
+        waiting.admit(Ticket(lengths), 0)
+        assert waiting.items == 1 + len(lengths) <= items
+        assert waiting.tokens == 1 + sum(lengths) <= tokens
+
+
+@given(st.integers(1, 6), st.integers(1, 40), st.integers(0, 5))
+def test_giants_do_not_starve_a_short_request(giants: int, tokens: int, served: int) -> None:
+    """However many batches of 64 texts stand before it, a short request waits for one text of each at most."""
+    waiting = queue(Limits(max_batch_rows=1), known(1.0, 0.01))
+    for _ in range(giants):
+        waiting.admit(Ticket([64] * 64), 0)
+    for _ in range(served):
+        waiting.next_batch(0)
+    short = Ticket([tokens])
+    waiting.admit(short, 0)
+    for _ in range(giants + 1):
+        planned = waiting.next_batch(0)
+        assert planned is not None
+        waiting.admit(Ticket([64] * 64), 0)  # and more of them keep coming
+        if planned.rows[0][0] is short:
+            break
+    assert not short.open, "not served in its turn"
+
+
+def test_requests_of_one_size_are_served_in_order() -> None:
+    waiting = queue(Limits(max_batch_rows=1), known(1, 0.1))
+    tickets = [Ticket([10]) for _ in range(50)]
+    for ticket in tickets:
+        waiting.admit(ticket, 0)
+    assert [planned.rows[0][0] for planned in drain(waiting)] == tickets
+
+
+def test_a_long_request_is_not_starved_by_short_ones() -> None:
+    waiting = queue(Limits(max_batch_rows=1), known(1, 0.1))
+    long = Ticket([500])
+    waiting.admit(long, 0)
+    for _ in range(60):  # 500 tokens wait for 500 tokens of others
+        waiting.admit(Ticket([10]), 0)
+        waiting.next_batch(0)
+    assert not long.open
+
+
+@pytest.mark.parametrize("preset", list(PRESETS))
+@pytest.mark.parametrize(("cost", "depth"), [((14.0, 0.78), 40), ((0.15, 0.02), 40), ((3.0, 0.004), 400)])
+def test_padding_of_mixed_lengths_is_below_a_tenth(preset: str, cost: tuple[float, float], depth: int) -> None:
+    """8 to 512 tokens, with a queue: the costs are a 0.6B model on CPU, a small one, and a GPU's."""
+    lengths = random.Random(1)
+    waiting = FairQueue(Limits(), PRESETS[preset], known(*cost))
+    real = padded = 0
+    for _ in range(600):
+        while len(waiting) < depth:
+            waiting.admit(Ticket([lengths.randint(8, 512)]), 0, bounded=False)
+        planned = waiting.next_batch(0)
+        assert planned is not None
+        real, padded = real + planned.tokens, padded + planned.padded_tokens
+    assert 1 - real / padded < 0.10
+
+
+def test_padding_is_bought_only_where_it_costs_less_than_a_batch() -> None:
+    """A batch costs as much as 20 tokens: 100 and 81 tokens go together, 100 and 79 do not."""
+    for other, batches in ((81, 1), (79, 2)):
+        waiting = queue(cost=known(20.0, 1.0), efficiency=0.95)
+        waiting.admit(Ticket([100]), 0)
+        waiting.admit(Ticket([other]), 0)
+        assert len(drain(waiting)) == batches
+
+
+def test_a_batch_is_as_large_as_efficiency_needs() -> None:
+    cost = known(14.0, 0.78)
+    for efficiency in (0.5, 0.9, 0.95):
+        waiting = queue(cost=cost, efficiency=efficiency)
+        assert waiting.budget * 0.78 / cost.batch_ms(waiting.budget) == pytest.approx(efficiency, abs=0.02)
+
+
+def test_deadlines_follow_the_cost() -> None:
+    waiting = queue(cost=known(0.0, 10.0))
+    with pytest.raises(DeadlineError, match=r"would take 1000 ms, and the deadline leaves 900 ms"):
+        waiting.admit(Ticket([100], deadline_s=0.9), 0)
+    assert len(waiting) == 0
+    late = Ticket([100], deadline_s=1.1)
+    waiting.admit(late, 0)
+    assert waiting.next_batch(0.2) is None, "100 tokens take until 1.2 s"
+    assert waiting.expired == [late]
+    assert (len(waiting), waiting.items, waiting.tokens) == (0, 0, 0)
+
+
+def test_overload_keeps_the_queue_short_and_a_burst_does_not() -> None:
+    """Each request takes 10 ms; twice as many come as can be served. A burst of the same length is let in."""
+    settings = SchedulingSettings(max_wait_ms=5000, burst_ms=200, standing_batches=3, efficiency=0.5)
+    cost = known(0.1, 1.0)
+    waiting = FairQueue(Limits(max_batch_rows=1), settings, cost)
+    for _ in range(100):
+        waiting.check_door(0.0)
+        waiting.admit(Ticket([10]), 0.0)
+    assert len(waiting) == 100, "a burst"
+    refused, now_s = 0, 0.0
+    for turn in range(600):
+        now_s += 0.005
+        try:
+            waiting.check_door(now_s)
+            waiting.admit(Ticket([10]), now_s)
+        except OverloadedError:
+            refused += 1
+        if turn % 2:
+            waiting.next_batch(now_s)
+    assert refused > 200
+    assert waiting.wait_ms(10) <= waiting.standing_wait_ms + 2 * cost.batch_ms(10)
+
+
+def test_callers_that_wait_for_their_answers_are_no_overload() -> None:
+    waiting = FairQueue(Limits(max_batch_rows=1), SchedulingSettings(), known(10.0, 0.01))
+    now_s = 0.0
+    for _ in range(64):
+        waiting.check_door(now_s)
+        waiting.admit(Ticket([10]), now_s)
+    for _ in range(1000):  # each answer lets one of them ask again
+        now_s += 0.01
+        assert waiting.next_batch(now_s) is not None
+        waiting.check_door(now_s)
+        waiting.admit(Ticket([10]), now_s)
+
+
+def test_an_item_without_tokens() -> None:
+    with pytest.raises(InputError, match="no tokens"):
+        queue().admit(Ticket([3, 0]), 0)
+
+
+@given(st.floats(0.1, 100), st.floats(0.001, 5))
+def test_the_cost_is_learned(fixed_ms: float, token_ms: float) -> None:
+    cost = known(fixed_ms, token_ms)
+    assert cost.batch_ms(500) == pytest.approx(fixed_ms + 500 * token_ms, rel=1e-3)
+    for _ in range(300):  # the machine becomes twice as slow, and all batches are of one size
+        cost.observe(100, 2 * (fixed_ms + 100 * token_ms))
+    assert cost.batch_ms(100) == pytest.approx(2 * (fixed_ms + 100 * token_ms), rel=0.05)
+    assert cost.fixed_ms >= 0
+    assert cost.token_ms >= 0
+
+
+def test_one_outlier_does_not_change_the_cost_much() -> None:
+    cost = known(10.0, 1.0)
+    for _ in range(50):
+        cost.observe(100, 110.0)
+        cost.observe(50, 60.0)
+    cost.observe(100, 1e6)
+    assert cost.batch_ms(100) < 150
+
+
+def test_pressure_counts_the_latest_events() -> None:
+    pressure = Pressure()
+    for _ in range(1000):
+        pressure.arrived()
+    assert pressure.ratio > 100
+    for _ in range(200):
+        pressure.arrived()
+        pressure.served()
+    assert pressure.ratio == 1.0
