@@ -21,7 +21,7 @@ SPACE   := $(subst ,, )
 COMMA   := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help setup proto proto-check lint type test engine parity serve bench bench-peers gpu-check optimum-check clean
+.PHONY: help setup proto proto-check lint type test engine parity serve bench bench-peers serve-peers gpu-check optimum-check clean
 
 help:  ## show the verbs
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -90,6 +90,16 @@ optimum-check: setup $(OPTIMUM_STAMP)  ## export MODEL with Optimum (in .venv-op
 	$(BIN)/python -m bench optimum --model $(MODEL) --results build/optimum
 
 bench-peers: $(OPENVINO_STAMP)  ## the environments of bench/'s peers whose pins clash with ours (.venv-openvino)
+
+serve-peers: $(foreach peer,fastapi infinity vllm,.venv-$(peer)/.f2rt-installed)  ## the environments of the servers that bench compares with
+
+# vLLM's CPU build brings its own torch, and packages that may not fit it; the others take the one that is pinned here.
+.venv-%/.f2rt-installed: bench/peers-%.txt constraints.txt
+	@test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	$(if $(filter vllm,$*),,.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check $(shell grep '^torch==' constraints.txt))
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -r bench/peers-$*.txt
+	$(if $(filter vllm,$*),.venv-$*/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec)
+	@touch $@
 
 # torchvision comes along, is not needed, and may be one that does not fit this torch.
 $(OPENVINO_STAMP): bench/peers-openvino.txt constraints.txt

@@ -85,6 +85,25 @@ def grpc_command(
         _publish(measure(bundle, folder, seconds), ["numpy", "onnxruntime", "grpcio", "protobuf"], results)
 
 
+@app.command("serving")
+def serving_command(
+    size: Annotated[str, typer.Option(help="mini, or a size of the family.")] = "mini",
+    engine: Annotated[str, typer.Option(help="The engine that f2rt serves.")] = "onnxruntime:fp32",
+    bundle: Annotated[Path | None, typer.Option(help="A proven bundle; made by default.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="The checkpoint it was made of; made by default.")] = None,
+    seconds: Annotated[float, typer.Option(help="For each phase of each server.")] = 15.0,
+    per_request: Annotated[int, typer.Option(help="Texts in a request.")] = 16,
+    work: WorkOption = None,
+    results: ResultsOption = RESULTS,
+) -> None:
+    """Throughput, overload and padding of the server, beside the raw engine and peer servers (make serve-peers)."""
+    with console.readable_errors(), _work_folder(work) as folder:
+        from bench.serving import measure
+
+        result = measure(size, bundle, checkpoint, engine, folder, seconds, per_request)
+        _publish(result, ["grpcio", "numpy", "onnxruntime", "uvicorn"], results)
+
+
 @app.command("graphs")
 def graphs_command(
     size: Annotated[str, typer.Option(help="mini, or a size of the family.")] = "mini",

@@ -1,0 +1,154 @@
+"""Load on a server: closed loop (each caller waits for its answer) and open loop (requests come at their own rate).
+
+In the open loop a request's time counts from when it was due, not from when the generator got round to sending it:
+a server that stalls delays all that was due meanwhile, and this is seen (coordinated omission, G. Tene).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+import grpc
+import httpx
+
+from bench.report import percentile
+from runtime._pb.f2rt.v1 import embedding_pb2 as pb
+from runtime._pb.f2rt.v1 import embedding_pb2_grpc as pb_grpc
+
+TIMEOUT_S = 60.0
+OK, REFUSED, FAILED = "ok", "refused", "failed"
+
+Ask = Callable[[Sequence[str]], Awaitable[str]]
+
+
+@dataclass
+class Outcomes:
+    """What became of the requests of one phase. Times in milliseconds; `seconds` is how long the phase was."""
+
+    seconds: float = 0.0
+    texts: int = 0
+    ok_ms: list[float] = field(default_factory=list)
+    refused_ms: list[float] = field(default_factory=list)
+    failed: int = 0
+
+    def add(self, outcome: str, texts: int, ms: float) -> None:
+        """Count one request."""
+        if outcome == OK:
+            self.texts += texts
+            self.ok_ms.append(ms)
+        elif outcome == REFUSED:
+            self.refused_ms.append(ms)
+        else:
+            self.failed += 1
+
+    @property
+    def texts_per_s(self) -> float:
+        """Texts embedded per second."""
+        return self.texts / self.seconds
+
+    def as_data(self) -> dict[str, float]:
+        """Return the numbers; what has no value is left out."""
+        data: dict[str, float] = {"texts_per_s": self.texts_per_s, "ok": len(self.ok_ms), "failed": self.failed}
+        data["refused"] = len(self.refused_ms)
+        for name, times in (("ok", self.ok_ms), ("refused", self.refused_ms)):
+            if times:
+                data |= {f"{name}_p50_ms": percentile(times, 50), f"{name}_p99_ms": percentile(times, 99)}
+        return data
+
+
+async def closed_loop(ask: Ask, requests: Sequence[Sequence[str]], callers: int, seconds: float) -> Outcomes:
+    """`callers` callers, each of which asks again when it has its answer."""
+    outcomes, end = Outcomes(), time.perf_counter() + seconds
+
+    async def call(number: int) -> None:
+        turn = number
+        while time.perf_counter() < end:
+            request = requests[turn % len(requests)]
+            turn += callers
+            start = time.perf_counter()
+            outcome = await ask(request)
+            outcomes.add(outcome, len(request), 1e3 * (time.perf_counter() - start))
+            if outcome == REFUSED:
+                await asyncio.sleep(0.01)
+
+    start = time.perf_counter()
+    await asyncio.gather(*(call(number) for number in range(callers)))
+    outcomes.seconds = time.perf_counter() - start
+    return outcomes
+
+
+async def open_loop(ask: Ask, requests: Sequence[Sequence[str]], per_second: float, seconds: float) -> Outcomes:
+    """Requests at a fixed mean rate, at times of a Poisson process."""
+    outcomes, chance = Outcomes(), random.Random(7)
+    due, tasks, number = time.perf_counter() + 0.05, set[asyncio.Task[None]](), 0
+    start, end = due, due + seconds
+
+    async def send(request: Sequence[str], due_s: float) -> None:
+        outcome = await ask(request)
+        outcomes.add(outcome, len(request), 1e3 * (time.perf_counter() - due_s))
+
+    while due < end:
+        wait = due - time.perf_counter()
+        # Sleeping is not exact below a millisecond; what is due by then goes out together.
+        if wait > 0.0005:
+            await asyncio.sleep(wait)
+        task = asyncio.create_task(send(requests[number % len(requests)], due))
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+        number += 1
+        due += chance.expovariate(per_second)
+        if number % 64 == 0:
+            await asyncio.sleep(0)  # answers are read also when the generator is late
+    while tasks:
+        await asyncio.wait(tasks)
+    outcomes.seconds = max(time.perf_counter() - start, seconds)
+    return outcomes
+
+
+class GrpcAsker:
+    """Asks f2rt.v1 over one channel."""
+
+    def __init__(self, address: str) -> None:
+        """Open a channel. Must be called inside the event loop that asks."""
+        self._channel = grpc.aio.insecure_channel(address, options=[("grpc.max_receive_message_length", -1)])
+        self._embed = pb_grpc.EmbeddingServiceStub(self._channel).Embed  # type: ignore[no-untyped-call]
+
+    async def __call__(self, texts: Sequence[str]) -> str:
+        """Embed texts; returns what became of it."""
+        try:
+            answer = await self._embed(pb.EmbedRequest(input=pb.EmbedInput(texts=texts)), timeout=TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            return REFUSED if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED else FAILED
+        return OK if answer.rows == len(texts) else FAILED
+
+    async def close(self) -> None:
+        """Close the channel."""
+        await self._channel.close()
+
+
+class OpenAIAsker:
+    """Asks an OpenAI-compatible endpoint, for base64 where it has that."""
+
+    def __init__(self, url: str, model: str, encoding: str = "base64") -> None:
+        limits = httpx.Limits(max_connections=2000, max_keepalive_connections=2000)
+        self._client = httpx.AsyncClient(timeout=TIMEOUT_S, limits=limits, trust_env=False)
+        self._url = url
+        self._fields = {"model": model, "encoding_format": encoding}
+
+    async def __call__(self, texts: Sequence[str]) -> str:
+        """Embed texts; returns what became of it."""
+        try:
+            answer = await self._client.post(self._url, json={"input": list(texts), **self._fields})
+        except httpx.HTTPError:
+            return FAILED
+        if answer.status_code in (429, 503):
+            return REFUSED
+        return OK if answer.status_code == 200 and answer.content.count(b'"index"') == len(texts) else FAILED
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.aclose()
