@@ -72,7 +72,10 @@ def f2rt(
 class ServerProcess:
     """`f2rt serve` on a free port. Ready when the constructor returns; killed when the context ends."""
 
-    def __init__(self, folder: Path, *options: str, address: str = "127.0.0.1:0") -> None:
+    def __init__(
+        self, folder: Path, *options: str, address: str = "127.0.0.1:0", ca: Path | None = None, **certificate: Path
+    ) -> None:
+        self._tls: dict[str, Any] = {"tls_ca": ca, **certificate}
         command = [sys.executable, "-c", MAIN, "serve", str(folder), "--grpc", address, *options]
         self.process = subprocess.Popen(
             command,
@@ -108,7 +111,7 @@ class ServerProcess:
         self.close()
 
     def client(self) -> EmbeddingClient:
-        return EmbeddingClient(self.address)
+        return EmbeddingClient(self.address, **self._tls)
 
     def wait_for_line(self, pattern: str | re.Pattern[str]) -> str:
         """Return the first line of the log that matches; fails when the process ends without it."""

@@ -47,6 +47,9 @@ class GrpcServer:
                 ("grpc.keepalive_timeout_ms", 20_000),
                 ("grpc.max_connection_idle_ms", _IDLE_MS),
                 ("grpc.max_concurrent_streams", 10_000),
+                # Calls that Python has not seen yet: gRPC's own limits of 1000 and 3000 answer CANCELLED, without a word.
+                ("grpc.server.max_pending_requests", 20_000),
+                ("grpc.server.max_pending_requests_hard_limit", 50_000),
                 ("grpc.http2.max_pings_without_data", 0),
                 ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
                 ("grpc.absolute_max_metadata_size", 32 << 10),

@@ -1,0 +1,209 @@
+"""TLS, client certificates and API keys on both ports: health is open, the rest closed, nothing secret logged."""
+
+from __future__ import annotations
+
+import signal
+import ssl
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import numpy as np
+import pytest
+import trustme
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from runtime._pb.inference import grpc_service_pb2 as kserve
+from runtime.bundle import Bundle
+from runtime.client import EmbeddingClient
+from runtime.embedder import Embedder, open_embedder
+from runtime.errors import AccessError, InputError, UnavailableError
+from runtime.serving.access import Keys
+from runtime.wire.f2rt_v1 import _is_local
+from tests.serving import SERVING, ServerProcess, f2rt, failure
+
+KEY, OTHER = "first-key-0123456789", "second-key-0123456789"
+UNAUTHENTICATED = grpc.StatusCode.UNAUTHENTICATED
+
+
+class Certificates:
+    """A certificate authority, a server's certificate for 127.0.0.1, and a client's, as PEM files."""
+
+    def __init__(self, folder: Path) -> None:
+        authority = trustme.CA()
+        self.ca, self.cert, self.key = folder / "ca.pem", folder / "server.pem", folder / "server.key"
+        self.client_cert, self.client_key = folder / "client.pem", folder / "client.key"
+        authority.cert_pem.write_to_path(str(self.ca))
+        server = authority.issue_cert("localhost", "127.0.0.1")
+        server.cert_chain_pems[0].write_to_path(str(self.cert))
+        server.private_key_pem.write_to_path(str(self.key))
+        client = authority.issue_cert("client.example")
+        client.cert_chain_pems[0].write_to_path(str(self.client_cert))
+        client.private_key_pem.write_to_path(str(self.client_key))
+
+    def context(self, *, client: bool = False) -> ssl.SSLContext:
+        context = ssl.create_default_context(cafile=str(self.ca))
+        if client:
+            context.load_cert_chain(str(self.client_cert), str(self.client_key))
+        return context
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    return Certificates(tmp_path_factory.mktemp("pki"))
+
+
+@pytest.fixture(scope="module")
+def embedder(bundle: Bundle) -> Iterator[Embedder]:
+    opened = open_embedder(bundle)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="module")
+def keys_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("keys") / "keys"
+    file.write_text(f"# who may ask\n\nteam-a:{KEY}\n{OTHER}\n")
+    return file
+
+
+def closed_methods(channel: grpc.Channel) -> dict[str, Callable[[Any], Any]]:
+    names = ["f2rt.v1.EmbeddingService/Embed", "f2rt.v1.EmbeddingService/Explain", "f2rt.v1.EmbeddingService/Info"]
+    names += ["f2rt.v1.AdminService/Reload", "inference.GRPCInferenceService/ModelInfer"]
+    names += ["inference.GRPCInferenceService/ModelMetadata", "inference.GRPCInferenceService/ServerMetadata"]
+    return {name: lambda data, name=name, **more: channel.unary_unary(f"/{name}")(data, **more) for name in names}
+
+
+def test_keys_close_everything_but_health(bundle: Bundle, embedder: Embedder, keys_file: Path) -> None:
+    with ServerProcess(bundle.folder, "--http", "127.0.0.1:0", "--keys-file", str(keys_file)) as server:
+        http = server.wait_for_line("serving HTTP on ").rpartition(" ")[2]
+        with grpc.insecure_channel(server.address) as channel:
+            for shown in ((), (("authorization", "Bearer wrong-key-0123456789"),), (("authorization", KEY),)):
+                for name, call in closed_methods(channel).items():
+                    error = failure(lambda c=call, s=shown: c(b"", metadata=s))  # type: ignore[misc]
+                    assert error.code() is UNAUTHENTICATED, name
+                    assert "Bearer" in error.details() or "operator" in error.details()
+            assert health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest()).status == SERVING
+            live = channel.unary_unary("/inference.GRPCInferenceService/ServerLive")
+            assert kserve.ServerLiveResponse.FromString(live(b"")).live
+            stream = channel.stream_stream("/f2rt.v1.EmbeddingService/EmbedStream")
+            assert failure(lambda: list(stream(iter([b""])))).code() is UNAUTHENTICATED
+            reflection = channel.stream_stream("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")
+            assert failure(lambda: list(reflection(iter([b""])))).code() is grpc.StatusCode.UNIMPLEMENTED
+        for key in (KEY, OTHER):
+            with EmbeddingClient(server.address, key=key) as client:
+                assert np.array_equal(client.embed(["a"]).vectors, embedder.embed(["a"]).vectors)
+        with EmbeddingClient(server.address) as client, pytest.raises(AccessError, match="no API key"):
+            client.info()
+        for path in ("/v1/models", "/info", "/metrics", "/docs", "/openapi.json"):
+            assert httpx.get(f"http://{http}{path}").status_code == 401
+            assert httpx.get(f"http://{http}{path}", headers={"authorization": f"Bearer {KEY}"}).status_code == 200
+            assert httpx.get(f"http://{http}{path}", headers={"x-api-key": OTHER}).status_code == 200
+        for path in ("/health/live", "/health/ready"):
+            assert httpx.get(f"http://{http}{path}").status_code == 200
+        assert server.stop() == 0
+        log = "\n".join(server.log)
+        assert not any(secret in log for secret in (KEY, OTHER, "wrong-key"))
+
+
+def test_keys_are_read_again_on_reload(bundle: Bundle, tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(KEY)
+    with (
+        ServerProcess(bundle.folder, "--keys-file", str(file)) as server,
+        EmbeddingClient(server.address, key=KEY) as old,
+        EmbeddingClient(server.address, key=OTHER) as new,
+    ):
+        old.embed(["a"])
+        with pytest.raises(AccessError):
+            new.embed(["a"])
+        file.write_text(OTHER)
+        server.process.send_signal(signal.SIGHUP)
+        server.wait_for_line("switched from")
+        new.embed(["a"])
+        with pytest.raises(AccessError):
+            old.embed(["a"])
+        file.write_text("short")  # a file that cannot be: the keys stay as they were
+        server.process.send_signal(signal.SIGHUP)
+        server.wait_for_line("the keys stay as they were")
+        new.embed(["a"])
+
+
+def test_the_command_sends_its_key(bundle: Bundle, keys_file: Path) -> None:
+    with ServerProcess(bundle.folder, "--keys-file", str(keys_file)) as server:
+        done = f2rt("embed", "--server", server.address, "a", env={"F2RT_API_KEY": KEY})
+        assert done.returncode == 0, done.stderr.decode()
+        assert f2rt("embed", "--server", server.address, "a").returncode == 2
+        reloaded = f2rt("reload", "--server", server.address, env={"F2RT_API_KEY": KEY})
+        assert reloaded.returncode == 0, reloaded.stderr.decode()
+        assert "the same: " in reloaded.stdout.decode()
+        refused = f2rt("reload", "--server", server.address, "--key", "x" * 20)
+        assert refused.returncode == 2
+        assert "not known" in refused.stderr.decode()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "holds no key"),
+        ("# nothing\n", "holds no key"),
+        ("tiny!\n", "line 1 of .* has a key of 5 characters; a key has at least 16"),
+        (f"{KEY}\nwith spaces in between it\n", "line 2"),
+        ("name:\n", "a key of 0 characters"),
+    ],
+)
+def test_a_wrong_keys_file(tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "keys"
+    file.write_text(content)
+    with pytest.raises(InputError, match=message) as caught:
+        Keys(str(file))
+    assert "tiny!" not in caught.value.message
+
+
+def test_tls_on_both_ports(bundle: Bundle, embedder: Embedder, certificates: Certificates) -> None:
+    files = ["--tls-cert", str(certificates.cert), "--tls-key", str(certificates.key)]
+    with ServerProcess(bundle.folder, "--http", "127.0.0.1:0", *files, ca=certificates.ca) as server:
+        http = server.wait_for_line("serving HTTP on ").rpartition(" ")[2]
+        with EmbeddingClient(server.address, tls_ca=certificates.ca) as client:
+            assert np.array_equal(client.embed(["a"]).vectors, embedder.embed(["a"]).vectors)
+        with EmbeddingClient(server.address, timeout_s=5) as plain, pytest.raises(UnavailableError):
+            plain.embed(["a"])
+        body = {"input": "a", "encoding_format": "float"}
+        answer = httpx.post(f"https://{http}/v1/embeddings", json=body, verify=certificates.context())
+        assert np.allclose(answer.json()["data"][0]["embedding"], embedder.embed(["a"]).vectors[0], atol=1e-6)
+        with pytest.raises(httpx.HTTPError):
+            httpx.post(f"http://{http}/v1/embeddings", json=body)
+        with pytest.raises(httpx.ConnectError):  # an authority it does not know
+            httpx.post(f"https://{http}/v1/embeddings", json=body)
+
+
+def test_client_certificates_on_both_ports(bundle: Bundle, certificates: Certificates) -> None:
+    c = certificates
+    files = ["--tls-cert", str(c.cert), "--tls-key", str(c.key), "--tls-client-ca", str(c.ca)]
+    own = {"tls_certificate": c.client_cert, "tls_key": c.client_key}
+    with ServerProcess(bundle.folder, "--http", "127.0.0.1:0", *files, ca=c.ca, **own) as server:
+        http = server.wait_for_line("serving HTTP on ").rpartition(" ")[2]
+        with EmbeddingClient(server.address, tls_ca=c.ca, **own) as client:
+            assert client.embed(["a"]).vectors.shape == (1, 256)
+        with EmbeddingClient(server.address, tls_ca=c.ca, timeout_s=5) as bare, pytest.raises(UnavailableError):
+            bare.embed(["a"])
+        assert httpx.get(f"https://{http}/info", verify=c.context(client=True)).status_code == 200
+        with pytest.raises(httpx.HTTPError):
+            httpx.get(f"https://{http}/info", verify=c.context())
+
+
+@pytest.mark.parametrize("files", [("nowhere.pem", "nowhere.key"), ("text", "text")])
+def test_wrong_tls_files(bundle: Bundle, tmp_path: Path, files: tuple[str, str]) -> None:
+    (tmp_path / "text").write_text("no PEM")
+    cert, key = (str(tmp_path / name) for name in files)
+    done = f2rt("serve", str(bundle.folder), "--grpc", "127.0.0.1:0", "--tls-cert", cert, "--tls-key", key)
+    assert done.returncode == 2
+    assert "the TLS file" in done.stderr.decode()
+    assert "Traceback" not in done.stderr.decode()
+
+
+def test_without_keys_a_reload_comes_from_this_machine_only() -> None:
+    assert all(map(_is_local, ("ipv4:127.0.0.1:5", "ipv6:[::1]:5", "ipv6:%5B::1%5D:5", "unix:/run/x.sock", "unix:")))
+    assert not any(map(_is_local, ("ipv4:10.0.0.1:5", "ipv6:[fe80::1]:5", "ipv4:128.127.0.1:1", "")))
