@@ -104,6 +104,21 @@ def serving_command(
         _publish(result, ["grpcio", "numpy", "onnxruntime", "uvicorn"], results)
 
 
+@app.command("soak")
+def soak_command(
+    bundle: Annotated[Path, typer.Option(help="A proven bundle.")] = Path("build/mini"),
+    engine: Annotated[str, typer.Option(help="The engine that is served.")] = "onnxruntime:fp32",
+    seconds: Annotated[float, typer.Option(help="How long.")] = 3600.0,
+    work: WorkOption = None,
+    results: ResultsOption = RESULTS,
+) -> None:
+    """Mixed traffic for an hour: memory growth and errors."""
+    with console.readable_errors(), _work_folder(work) as folder:
+        from bench.soak import measure
+
+        _publish(measure(bundle, engine, folder, seconds), ["grpcio", "onnxruntime", "uvicorn"], results)
+
+
 @app.command("graphs")
 def graphs_command(
     size: Annotated[str, typer.Option(help="mini, or a size of the family.")] = "mini",

@@ -54,6 +54,8 @@ class Running:
     connect: Callable[[], GrpcAsker | OpenAIAsker]  # called inside the event loop that asks
     metrics: str
     pid: int
+    grpc: str = ""
+    http: str = ""
 
 
 @contextlib.contextmanager
@@ -110,7 +112,10 @@ def running(contender: Contender, checkpoint: Path, bundle: Path, engine: str, l
                 return GrpcAsker(f"127.0.0.1:{second}")
             return OpenAIAsker(f"{url}/v1/embeddings", model, contender.encoding)
 
-        yield Running(connect, f"{url}/metrics" if not contender.environment else "", process.pid)
+        ours = not contender.environment
+        yield Running(
+            connect, f"{url}/metrics" if ours else "", process.pid, f"127.0.0.1:{second}" if ours else "", url
+        )
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
+import runtime
 from runtime.bundle import open_bundle
 from runtime.embedder import open_embedder
 from runtime.errors import F2rtError
@@ -22,6 +23,7 @@ from runtime.serving.model import Model, Proven, load
 from runtime.serving.models import Models
 from runtime.serving.pipeline import Pipeline
 from runtime.serving.shadow import Shadow
+from runtime.serving.tracing import OtlpTracer
 from runtime.settings import EngineSettings, ModelSettings, ServeSettings
 from runtime.wire.grpc_server import GrpcServer, read_pem
 from runtime.wire.http_server import HttpServer
@@ -107,7 +109,8 @@ async def open_models(
         counted = EngineMetrics(metrics, f"{first.name}-shadow")
         pipeline = Pipeline(embedder, settings.scheduling, settings.truncate, counted)
         first.shadow = Shadow(pipeline, first.embedder.bundle.manifest.tokenizer.sha256, first.name, shadow, metrics)
-    return Models(models, metrics, log_requests=settings.access_log)
+    tracer = OtlpTracer(settings.otlp_endpoint, runtime.__version__) if settings.otlp_endpoint else None
+    return Models(models, metrics, log_requests=settings.access_log, tracer=tracer)
 
 
 async def run(

@@ -152,7 +152,8 @@ class ServeSettings:
     """What a server needs besides its models. Sizes in bytes, times in seconds.
 
     `http_address` "" is no HTTP. `golden_period_s` is the time between two checks of the running engine, and
-    `golden_timeout_s` how long one may take. `keys_file` "" is no keys.
+    `golden_timeout_s` how long one may take. `keys_file` "" is no keys, `otlp_endpoint` "" no
+    traces.
     """
 
     grpc_address: str = "127.0.0.1:50051"
@@ -169,6 +170,7 @@ class ServeSettings:
     keys_file: str = ""
     shadow: ShadowSettings | None = None
     access_log: bool = True
+    otlp_endpoint: str = ""
 
     def __post_init__(self) -> None:
         _at_least("max_message_bytes", self.max_message_bytes, 1024)

@@ -17,7 +17,8 @@ from runtime.tokenizer import Instruction, TokenizedText, Truncate
 class EmbedCall:
     """Texts, or token ids used verbatim, and what to do with them. What is None is the model's or server's default.
 
-    `deadline_s` is a time of `time.perf_counter`. `request_id` and `model` are as the caller gave them, or "".
+    `deadline_s` is a time of `time.perf_counter`. `request_id`, `model` and W3C's
+    `traceparent` are as the caller gave them, or ""; `received_ns` is wall-clock time.
     """
 
     texts: Sequence[str] = ()
@@ -29,6 +30,8 @@ class EmbedCall:
     deadline_s: float | None = None
     request_id: str = ""
     model: str = ""
+    traceparent: str = ""
+    received_ns: int = field(default_factory=time.time_ns)
 
     @property
     def items(self) -> int:

@@ -15,6 +15,7 @@ from runtime.serving.metrics import Metrics
 from runtime.serving.model import Model, State
 from runtime.serving.pipeline import Pipeline
 from runtime.serving.recorder import Outcome, Recorder
+from runtime.serving.tracing import Tracer
 
 
 @dataclass
@@ -28,8 +29,10 @@ class _Record:
 class Models:
     """All models of a server. `default` is the first."""
 
-    def __init__(self, models: Iterable[Model], metrics: Metrics, *, log_requests: bool = True) -> None:
-        self._recorder = Recorder(metrics, log_requests=log_requests)
+    def __init__(
+        self, models: Iterable[Model], metrics: Metrics, *, log_requests: bool = True, tracer: Tracer | None = None
+    ) -> None:
+        self._recorder = Recorder(metrics, log_requests=log_requests, tracer=tracer)
         self._models = {model.name: model for model in models}
         self.default = next(iter(self._models.values()))
         self.metrics = metrics

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from runtime.serving.call import EmbedCall, EmbedReply
 from runtime.serving.logs import access_log, cut
 from runtime.serving.metrics import Metrics
+from runtime.serving.tracing import Tracer
 
 _MAX_ERROR_CHARS = 400
 
@@ -32,8 +33,9 @@ class Outcome:
 class Recorder:
     """Takes outcomes from any thread."""
 
-    def __init__(self, metrics: Metrics, *, log_requests: bool) -> None:
+    def __init__(self, metrics: Metrics, *, log_requests: bool, tracer: Tracer | None = None) -> None:
         self._metrics = metrics
+        self._tracer = tracer
         self._log_requests = log_requests
         self._outcomes: queue.SimpleQueue[Outcome | threading.Event | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._record, name="f2rt-recorder", daemon=True)
@@ -53,6 +55,8 @@ class Recorder:
         """Record what is left, and end the thread."""
         self._outcomes.put(None)
         self._thread.join()
+        if self._tracer is not None:
+            self._tracer.close()
 
     def _record(self) -> None:
         while (outcome := self._outcomes.get()) is not None:
@@ -63,6 +67,8 @@ class Recorder:
             self._metrics.request(outcome.model, outcome.protocol, outcome.status, reply.timings if reply else None)
             if reply is not None:
                 self._metrics.count(outcome.model, reply.items)
+            if self._tracer is not None:
+                self._tracer.request(outcome.model, outcome.protocol, outcome.status, outcome.call, reply)
             if self._log_requests or outcome.status == "INTERNAL":
                 _log(outcome)
 

@@ -26,7 +26,7 @@ from runtime.serving.call import EmbedCall, EmbedReply
 from runtime.serving.models import Models, request_id
 from runtime.settings import ServeSettings
 from runtime.tokenizer import Instruction, TokenizedText, Truncate
-from runtime.wire.grpc_calls import Calls, details, dropped_with, unreadable
+from runtime.wire.grpc_calls import Calls, details, dropped_with, header, unreadable
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["EmbeddingService"].full_name
 ADMIN_NAME = pb.DESCRIPTOR.services_by_name["AdminService"].full_name
@@ -77,7 +77,8 @@ class EmbeddingService:
         dtype = _DTYPE.get(request.dtype)
         if dtype is None:
             raise InputError(f"there is no dtype {request.dtype}.", cure="Use one of the DType enum.")
-        call = _call(request, context.time_remaining())
+        traceparent = header(context, "traceparent") if self._settings.otlp_endpoint else ""
+        call = _call(request, context.time_remaining(), traceparent)
         reply = self._models.answer(call, "grpc", dropped_with(context))
         vectors = finish(reply.vectors, call.dimensions, call.normalize)
         data, scales = encode(vectors, dtype)
@@ -184,7 +185,7 @@ class EmbeddingService:
         )
 
 
-def _call(request: pb.EmbedRequest, remaining_s: float | None) -> EmbedCall:
+def _call(request: pb.EmbedRequest, remaining_s: float | None, traceparent: str = "") -> EmbedCall:
     """Translate a request. Raises InputError."""
     source = request.input
     chosen = source.WhichOneof("instruction")
@@ -204,6 +205,7 @@ def _call(request: pb.EmbedRequest, remaining_s: float | None) -> EmbedCall:
         deadline_s=None if remaining_s is None else time.perf_counter() + remaining_s,
         request_id=request_id(request.request_id),
         model=request.model,
+        traceparent=traceparent,
     )
 
 

@@ -102,6 +102,11 @@ class Calls:
 _KEY_HEADERS = ("authorization", "x-api-key")
 
 
+def header(context: Any, name: str) -> str:
+    """Return a call's header, or ""."""
+    return next((str(value) for key, value in context.invocation_metadata() if key == name), "")
+
+
 def dropped_with(context: Any) -> Callable[[Job, Pipeline], None]:
     """Return what makes a request be dropped when its call ends before it does: cancelled, or over its deadline."""
 

@@ -47,7 +47,7 @@ class GrpcServer:
                 ("grpc.keepalive_timeout_ms", 20_000),
                 ("grpc.max_connection_idle_ms", _IDLE_MS),
                 ("grpc.max_concurrent_streams", 10_000),
-                # Calls that Python has not seen yet: gRPC's own limits of 1000 and 3000 answer CANCELLED, without a word.
+                # Calls that Python has not seen yet: above its own limits gRPC answers CANCELLED, without a word.
                 ("grpc.server.max_pending_requests", 20_000),
                 ("grpc.server.max_pending_requests_hard_limit", 50_000),
                 ("grpc.http2.max_pings_without_data", 0),

@@ -20,7 +20,7 @@ from runtime.serving.call import EmbedCall, instruction_for
 from runtime.serving.model import Model, State
 from runtime.serving.models import Models, request_id
 from runtime.tokenizer import Instruction, Truncate
-from runtime.wire.grpc_calls import Calls, dropped_with
+from runtime.wire.grpc_calls import Calls, dropped_with, header
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 INPUT, OUTPUT, VERSION = "text", "embedding", "1"
@@ -89,7 +89,8 @@ class InferenceService:
             if output.name != OUTPUT:
                 raise InputError(f"there is no output {output.name[:40]!r}.", cure=f"Ask for {OUTPUT!r}.")
         prompts = self._models.get(name).embedder.contract.prompts
-        call = _call(request, name, _parameters(request), prompts, context.time_remaining())
+        traceparent = header(context, "traceparent")
+        call = _call(request, name, _parameters(request), prompts, context.time_remaining(), traceparent)
         reply = self._models.answer(call, "kserve", dropped_with(context))
         vectors = finish(reply.vectors, call.dimensions, call.normalize)
         dim, data = vectors.shape[1], encode(vectors, OutputDType.FLOAT32)[0]
@@ -119,7 +120,12 @@ def _parameters(request: pb.ModelInferRequest) -> dict[str, Any]:
 
 
 def _call(
-    request: pb.ModelInferRequest, model: str, parameters: dict[str, Any], prompts: Any, remaining_s: float | None
+    request: pb.ModelInferRequest,
+    model: str,
+    parameters: dict[str, Any],
+    prompts: Any,
+    remaining_s: float | None,
+    traceparent: str,
 ) -> EmbedCall:
     """Translate a request. Raises InputError."""
     input_type = _typed(parameters, "input_type", str)
@@ -141,6 +147,7 @@ def _call(
         deadline_s=time.perf_counter() + min(limits_s) if limits_s else None,
         request_id=request_id(request.id),
         model=model,
+        traceparent=traceparent,
     )
 
 
