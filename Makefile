@@ -10,6 +10,7 @@ PROFILE ?= latency
 ENGINE  ?= auto
 SECONDS_GPU ?= 1500
 GRPC    ?= 127.0.0.1:50051
+HTTP    ?= 127.0.0.1:8080
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.f2rt-installed
 OPTIMUM := .venv-optimum
@@ -25,7 +26,7 @@ COMMA   := ,
 
 help:  ## show the verbs
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  variables: MODEL=$(MODEL) BUNDLE=$(BUNDLE) PRECISIONS=\"$(PRECISIONS)\" BACKENDS=\"$(BACKENDS)\" TARGETS=\"$(TARGETS)\" ENGINE=$(ENGINE) GRPC=$(GRPC) PYTHON=$(PYTHON)"
+	@echo "  variables: MODEL=$(MODEL) BUNDLE=$(BUNDLE) PRECISIONS=\"$(PRECISIONS)\" BACKENDS=\"$(BACKENDS)\" TARGETS=\"$(TARGETS)\" ENGINE=$(ENGINE) GRPC=$(GRPC) HTTP=$(HTTP) PYTHON=$(PYTHON)"
 
 setup: $(STAMP)  ## create the environment (.venv) when it is missing or out of date
 
@@ -71,8 +72,8 @@ engine: setup  ## MODEL -> BUNDLE: export, compile, prove every engine against P
 parity: setup  ## compare the bundle's engines with PyTorch; writes BUNDLE/parity/report.json
 	$(BIN)/f2rt parity $(BUNDLE)
 
-serve: setup  ## serve BUNDLE over gRPC
-	$(BIN)/f2rt serve $(BUNDLE) --engine $(ENGINE) --grpc $(GRPC)
+serve: setup  ## serve BUNDLE over gRPC and HTTP
+	$(BIN)/f2rt serve $(BUNDLE) --engine $(ENGINE) --grpc $(GRPC) --http $(HTTP)
 
 bench: setup  ## the measurements in bench/ (minutes)
 	$(BIN)/python -m bench
