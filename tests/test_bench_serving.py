@@ -1,0 +1,102 @@
+"""The serving measurements themselves: that they count what they say, on servers that are known."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from bench.load import FAILED, OK, REFUSED, closed_loop, open_loop
+from bench.serving import measure, mixed_texts, raw_texts_per_s
+from bench.soak import measure as soak
+from runtime.bundle import Bundle
+from runtime.embedder import open_embedder
+from runtime.tokenizer import Instruction, Truncate
+
+REQUESTS = [["a"], ["b", "c"]]
+
+
+def test_the_closed_loop_waits_for_each_answer() -> None:
+    inside = most = 0
+
+    async def ask(texts: Sequence[str]) -> str:
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        await asyncio.sleep(0.01)
+        inside -= 1
+        return OK
+
+    outcomes = asyncio.run(closed_loop(ask, REQUESTS, 3, 0.3))
+    assert most == 3
+    assert min(outcomes.ok_ms) >= 10
+    assert outcomes.texts == pytest.approx(1.5 * len(outcomes.ok_ms), abs=3)
+    assert outcomes.texts_per_s == pytest.approx(outcomes.texts / outcomes.seconds)
+
+
+def test_the_open_loop_counts_from_when_a_request_was_due() -> None:
+    """A server that stalls once for 300 ms delays all that was due meanwhile, not one request."""
+    stalled_until = 0.0
+
+    async def ask(texts: Sequence[str]) -> str:
+        nonlocal stalled_until
+        if not stalled_until:
+            stalled_until = time.perf_counter() + 0.3
+            time.sleep(0.3)
+        return OK
+
+    outcomes = asyncio.run(open_loop(ask, REQUESTS, 200, 1.0))
+    late = [ms for ms in outcomes.ok_ms if ms > 50]
+    assert 30 < len(late) < 80, "those of a quarter of a second at 200 a second"
+    assert 120 < len(outcomes.ok_ms) < 280
+
+
+def test_outcomes_are_told_apart() -> None:
+    kinds = iter([OK, REFUSED, FAILED] * 1000)
+
+    async def ask(texts: Sequence[str]) -> str:
+        await asyncio.sleep(0.001)
+        return next(kinds)
+
+    outcomes = asyncio.run(closed_loop(ask, [["a"]], 1, 0.2))
+    assert abs(len(outcomes.ok_ms) - len(outcomes.refused_ms)) <= 1
+    assert abs(len(outcomes.ok_ms) - outcomes.failed) <= 1
+    assert outcomes.texts == len(outcomes.ok_ms)
+
+
+def test_a_short_run_of_our_own_server(
+    bundle: Bundle, mini: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bench.serving.PEERS", ())
+    result = measure("mini", bundle.folder, mini, "onnxruntime:fp32", tmp_path, 0.5, 4)
+    servers = result.data["servers"]
+    assert isinstance(servers, list)
+    for server in servers:
+        assert server["server"] in ("f2rt gRPC", "f2rt HTTP")
+        assert set(server) >= {"alone", "saturated", "0.8x", "2x", "10x", "padding_waste", "of_raw"}
+        assert server["alone"]["failed"] == server["saturated"]["failed"] == 0
+        assert 0 <= server["padding_waste"] < 0.5
+    assert len(result.rows) == 10
+
+
+def test_texts_are_of_the_lengths_they_are_said_to_be(bundle: Bundle) -> None:
+    embedder = open_embedder(bundle)
+    texts = mixed_texts(embedder)
+    lengths = [len(i.ids) for i in embedder.tokenize(texts, Instruction(prompt=""), Truncate.END)]
+    assert min(lengths) >= 8
+    assert max(lengths) <= 512
+    assert max(lengths) > 300
+    assert raw_texts_per_s(embedder, texts[:20], 0.5) > 0
+    embedder.close()
+
+
+def test_a_short_soak(bundle: Bundle, tmp_path: Path) -> None:
+    result = soak(bundle.folder, "onnxruntime:fp32", tmp_path, 8.0)
+    assert result.data["unexpected"] == {}
+    counts = result.data["counts"]
+    assert isinstance(counts, dict)
+    assert counts["OK"] > 50
+    assert result.data["growth"] < 1.0  # type: ignore[operator]  # pools fill in the first seconds
