@@ -22,6 +22,7 @@ from runtime.embedder import Embedder, open_embedder
 from runtime.errors import F2rtError, UnavailableError
 from runtime.serving.call import EmbedCall, EmbedReply
 from runtime.serving.job import Job
+from runtime.serving.memory import give_back
 from runtime.serving.metrics import EngineMetrics, Gauges, Metrics
 from runtime.serving.pipeline import Pipeline
 from runtime.serving.shadow import Shadow
@@ -243,3 +244,5 @@ class Model:
 async def _retire(pipeline: Pipeline) -> None:
     await pipeline.idle()
     await pipeline.close()
+    del pipeline
+    await asyncio.get_running_loop().run_in_executor(None, give_back)
