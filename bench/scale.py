@@ -41,7 +41,7 @@ _POLL_S = 0.05
 _ROOT = Path(__file__).resolve().parents[1]
 _OUT_OF_MEMORY = "ran out of memory"
 _BY_PARTS = ("probe: ",)  # progress by layer, one stage here
-_DISK_PER_PARAMETER = 11  # bytes: the checkpoint, three graphs, and a plan beside the narrow two
+_DISK_PER_PARAMETER = 13  # bytes: the checkpoint, three graphs, and two plans
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Step:
 
 @dataclass
 class Stage:
-    """A part of a step as its progress names it. Memory is the largest seen meanwhile."""
+    """A part of a step as its progress names it, the latest one last. Memory is the largest seen meanwhile."""
 
     label: str
     seconds: float = 0.0
@@ -185,7 +185,7 @@ def _watch(pipe: int, child: subprocess.Popen[bytes], outcome: Outcome, deadline
 
 
 def _note(outcome: Outcome, line: bytes, elapsed_s: float) -> None:
-    """Take in one line of the child. A stage lasts until the next begins; the first one, until anything was said."""
+    """Take in one line of the child. A stage lasts until another begins; the first one, until anything was said."""
     try:
         told = json.loads(line)
     except ValueError:
@@ -195,11 +195,15 @@ def _note(outcome: Outcome, line: bytes, elapsed_s: float) -> None:
     if "label" in told:
         at = str(told["label"])
         label = at.partition(":")[0] if at.startswith(_BY_PARTS) else at
-        if not outcome.stages:
-            outcome.stages.append(Stage("start", elapsed_s, outcome.peak_private_bytes))
-        if outcome.stages[-1].label != label:
-            outcome.stages[-1].seconds += elapsed_s - sum(s.seconds for s in outcome.stages)
-            outcome.stages.append(Stage(label))
+        stages = outcome.stages
+        if not stages:
+            stages.append(Stage("start", elapsed_s, outcome.peak_private_bytes))
+        if stages[-1].label != label:
+            stages[-1].seconds += elapsed_s - sum(s.seconds for s in stages)
+            known = next((s for s in stages if s.label == label), None)
+            if known is not None:  # it goes on: a builder comes back to the same phase for every profile
+                stages.remove(known)
+            stages.append(known or Stage(label))
         stage = outcome.stages[-1]
         stage.at, stage.done, stage.total = at, int(told["done"]), int(told["total"])
     elif "error" in told:
