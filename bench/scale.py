@@ -296,9 +296,12 @@ def _memory_notes(found: dict[str, Outcome]) -> list[str]:
     for precision in ("fp16", "int8"):
         build, graph = found[f"{precision} build"], found[f"{precision} export"]
         if build.peak_private_bytes and graph.made_bytes:
-            ratio = build.peak_private_bytes / graph.made_bytes
+            private, peak = (n / graph.made_bytes for n in (build.peak_private_bytes, build.peak_bytes))
             short = "" if build.state == DONE else f" when it ended ({build.state})"
-            notes.append(f"{build.step}: private memory {ratio:.1f} times the graph's weights{short}")
+            notes.append(
+                f"{build.step}: private memory {private:.1f} times the graph's weights, {peak:.1f} times with the file "
+                f"they are mapped from{short}"
+            )
     return notes
 
 
