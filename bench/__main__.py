@@ -184,5 +184,25 @@ def int8_speed_command(
         _publish(result, ["numpy", "onnxruntime", "torch", "transformers"], results)
 
 
+@app.command("scale")
+def scale_command(
+    size: Annotated[
+        str, typer.Option(help="mini, or a size of the family; 4B takes 45 GB of disk meanwhile.")
+    ] = "0.6B",
+    calibration_texts: Annotated[int | None, typer.Option(help="Calibration texts; all by default.", min=1)] = None,
+    target: Annotated[str, typer.Option(help="The GPU to compile for.")] = "sm89",
+    profile: Annotated[str, typer.Option(help="latency, throughput, or buckets such as 1x64,8x256.")] = "latency",
+    seconds: Annotated[float | None, typer.Option(help="End what runs then, and report how far it came.")] = None,
+    work: WorkOption = None,
+    results: ResultsOption = RESULTS,
+) -> None:
+    """Time and peak memory of every step from a checkpoint to TensorRT-RTX engines."""
+    with console.readable_errors(), _work_folder(work) as folder:
+        from bench.scale import measure
+
+        result = measure(size, folder, calibration_texts, target, profile, seconds)
+        _publish(result, ["numpy", "onnx-ir", "onnxruntime", "tensorrt-rtx"], results)
+
+
 if __name__ == "__main__":
     app()

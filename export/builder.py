@@ -275,7 +275,7 @@ class _Build:
         return EngineError(
             f"{self._backend} ran out of memory while compiling {graph.name} for {target.name}: "
             f"{last_words(self._messages)}. Nothing was changed.",
-            cure="It needs about four times the size of the graph's weights: free some memory, or build with fewer "
+            cure="It needs about 2 to 3 times the size of the graph's weights: free some memory, or build with fewer "
             "profiles.",
         )
 

@@ -129,7 +129,7 @@ def export_command(
 def build_command(
     bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
     backend: Annotated[str, typer.Option(help="tensorrt, tensorrt-rtx or onnxruntime-cuda.")],
-    precision: Annotated[str, typer.Option(help="Comma-separated: fp16, bf16.")] = "fp16",
+    precision: Annotated[str, typer.Option(help="Comma-separated: fp16, bf16, int8.")] = "fp16",
     target: Annotated[str | None, typer.Option(help="Comma-separated: sm80, sm89, ...; default: this GPU.")] = None,
     profile: Annotated[str, typer.Option(help="latency, throughput, or buckets such as 1x64,8x256.")] = "latency",
     wait: WaitOption = WAIT_S,

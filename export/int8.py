@@ -37,6 +37,7 @@ _WORST_ROW_WEIGHT = 0.05
 _TARGET = 16.0
 _NOTHING = 1e-30  # magnitudes up to here count as zero
 _LEAST_ROWS, _MOST_ROWS = 128, 1024
+_BLOCK_VALUES = 1 << 16  # of a matrix, rounded together
 _ROW_PRODUCTS = 4e9  # multiplications one candidate may take
 
 Vector = NDArray[np.float32]
@@ -213,7 +214,7 @@ class _Trial:
     def _rounded_matrices(self, alpha: float | None, factors: Vector) -> list[NDArray[np.float32]]:
         """Return the smoothed matrices rounded to INT8 with a scale per row; the last ones are kept."""
         if self._rounded is None or self._rounded[0] != alpha:
-            self._rounded = alpha, [round_rows(m * factors) for m in self._matrices]
+            self._rounded = alpha, [round_rows(m, factors) for m in self._matrices]
         return self._rounded[1]
 
     def _tied(self, channels: Vector) -> Vector:
@@ -259,10 +260,23 @@ def row_scales(largest: Vector) -> Vector:
     return wide
 
 
-def round_rows(matrix: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Round a matrix [out, in] to INT8 with a scale per row, and widen it again."""
-    scales = np.maximum(np.abs(matrix).max(axis=1, keepdims=True) / np.float32(LARGEST), np.float32(_NOTHING))
-    rounded: NDArray[np.float32] = np.rint(matrix / scales) * scales
+def round_rows(matrix: NDArray[np.float32], factors: Vector | None = None) -> NDArray[np.float32]:
+    """Round a matrix [out, in] to INT8 with a scale per row, and widen it again.
+
+    With `factors` [in] it is smoothed first. A few rows at a time, which then stay in the processor's cache: a search
+    rounds every matrix a dozen times.
+    """
+    rounded = np.empty_like(matrix)
+    count = max(1, _BLOCK_VALUES // max(1, matrix.shape[1]))
+    magnitudes = np.empty((count, matrix.shape[1]), np.float32)
+    for start in range(0, len(matrix), count):
+        block = rounded[start : start + count]
+        np.multiply(matrix[start : start + count], np.float32(1) if factors is None else factors, out=block)
+        largest = np.abs(block, out=magnitudes[: len(block)]).max(axis=1, keepdims=True)
+        scales = np.maximum(largest / np.float32(LARGEST), np.float32(_NOTHING))
+        np.divide(block, scales, out=block)
+        np.rint(block, out=block)
+        np.multiply(block, scales, out=block)
     return rounded
 
 

@@ -100,7 +100,7 @@ def round_group(part: ir.Graph, grid: Grid, read: ReadMatrix) -> None:
             grid_point = tape.op("DequantizeLinear", [tape.op("QuantizeLinear", [smooth, scale, zero]), scale])
             rounded[str(x.name)] = tape.op("Mul", [grid_point, factors])
             part.insert_before(node, tape.nodes)
-        matrix = round_rows(read(f"{node.name}.weight") * grid.factors) / grid.factors
+        matrix = round_rows(read(f"{node.name}.weight"), grid.factors) / grid.factors
         old = node.inputs[1]
         node.replace_input_with(0, rounded[str(x.name)])
         node.replace_input_with(1, number(str(node.name), np.ascontiguousarray(matrix.T)))

@@ -291,6 +291,20 @@ def test_round_rows_is_off_by_half_a_step_at_most() -> None:
     assert (np.abs(round_rows(matrix) - matrix) <= steps * 0.5001).all()
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (7, 300), (300, 7), (1000, 700), (3, 70_000)])
+def test_round_rows_in_blocks_is_round_rows(shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(1)
+    matrix = rng.normal(size=shape).astype(np.float32)
+    matrix[0] = 0
+    factors = np.exp2(rng.normal(size=shape[1])).astype(np.float32)
+    smoothed = matrix * factors
+    scales = np.maximum(np.abs(smoothed).max(axis=1, keepdims=True) / np.float32(127), np.float32(1e-30))
+    before = matrix.copy()
+    np.testing.assert_array_equal(round_rows(matrix, factors), np.rint(smoothed / scales) * scales)
+    np.testing.assert_array_equal(round_rows(smoothed), round_rows(matrix, factors))
+    np.testing.assert_array_equal(matrix, before)
+
+
 def test_exclusions_take_the_most_harmful_within_the_budget() -> None:
     work = {"a": 1.0, "b": 1.0, "c": 8.0, "d": 90.0}
     impact = {"a": 5.0, "b": 30.0, "c": 60.0, "d": 5.0}

@@ -19,6 +19,7 @@ from runtime.client import EmbeddingClient
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SERVER = "127.0.0.1:50051"
+STAMP = Path(sys.prefix) / ".f2rt-installed"
 NOT_RUN = {"make test": "it is what is running"}
 
 
@@ -29,7 +30,11 @@ def blocks() -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What git would clone, with the running environment as its .venv."""
+    """What git would clone, with the running environment as its .venv.
+
+    The environment is the developer's: it is used as it stands. Installing the copy into it, which make does when the
+    stamp is older than what it is made of, would leave it pointing at a folder that is gone after the test.
+    """
     folder = tmp_path_factory.mktemp("readme") / "f2rt"
     listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     files = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
@@ -37,6 +42,8 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
+    for name in ("pyproject.toml", "constraints.txt"):
+        os.utime(folder / name, (0, 0))
     (folder / ".venv").symlink_to(sys.prefix)
     return folder
 
@@ -69,9 +76,21 @@ def cpu_s() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def test_commands_run_in_order(copy: Path, servers: list[subprocess.Popen[bytes]]) -> None:
-    if not (Path(sys.prefix) / ".f2rt-installed").exists():
+def require_stamp() -> None:
+    if not STAMP.exists():
         pytest.skip("the running environment was not made by `make setup`, which the README's commands use")
+
+
+def test_make_in_a_copy_installs_nothing(copy: Path) -> None:
+    """Also where pyproject.toml was changed after the environment was made."""
+    require_stamp()
+    would_do = run_bash("make --dry-run setup", copy, [])
+    assert "pip install" not in would_do, would_do
+
+
+def test_commands_run_in_order(copy: Path, servers: list[subprocess.Popen[bytes]]) -> None:
+    require_stamp()
+    installed_ns = STAMP.stat().st_mtime_ns
     output: dict[int, str] = {}
     all_blocks = blocks()
     for index, (language, body) in enumerate(all_blocks):
@@ -97,6 +116,7 @@ def test_commands_run_in_order(copy: Path, servers: list[subprocess.Popen[bytes]
     assert {line.split()[0] for line in again.splitlines() if line.split()[:1]} >= {"kept", "PASS"}
     assert not re.findall(r"^(wrote|built|comparing|dropped) .*", again, re.MULTILINE)
     assert (copy / "build/mini/manifest.json").read_bytes() == manifest
+    assert STAMP.stat().st_mtime_ns == installed_ns
 
 
 def test_file_map_names_every_file() -> None:
