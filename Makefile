@@ -17,12 +17,14 @@ OPTIMUM := .venv-optimum
 OPTIMUM_STAMP := $(OPTIMUM)/.f2rt-installed
 OPENVINO := .venv-openvino
 OPENVINO_STAMP := $(OPENVINO)/.f2rt-installed
+CLIENTS := .venv-clients
+CLIENTS_STAMP := $(CLIENTS)/.f2rt-installed
 PROTOS  := $(shell find proto -name '*.proto' 2>/dev/null)
 SPACE   := $(subst ,, )
 COMMA   := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help setup proto proto-check lint type test engine parity serve bench bench-peers serve-peers gpu-check optimum-check clean
+.PHONY: help setup proto proto-check lint type test engine parity serve clients bench bench-peers serve-peers gpu-check optimum-check clean
 
 help:  ## show the verbs
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,7 +54,7 @@ lint: setup proto-check  ## style, import rules, generated stubs
 type: setup  ## mypy --strict
 	$(BIN)/mypy
 
-test: setup  ## the whole test suite
+test: setup $(CLIENTS_STAMP)  ## the whole test suite
 	$(BIN)/python -m pytest
 
 # The precisions and backends that are compiled; ONNX Runtime needs no build.
@@ -74,6 +76,13 @@ parity: setup  ## compare the bundle's engines with PyTorch; writes BUNDLE/parit
 
 serve: setup  ## serve BUNDLE over gRPC and HTTP
 	$(BIN)/f2rt serve $(BUNDLE) --engine $(ENGINE) --grpc $(GRPC) --http $(HTTP)
+
+clients: $(CLIENTS_STAMP)  ## the environment of the stock clients that tests use (.venv-clients)
+
+$(CLIENTS_STAMP): tests/clients.txt
+	@test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/clients.txt
+	@touch $@
 
 bench: setup  ## the measurements in bench/ (minutes)
 	$(BIN)/python -m bench
