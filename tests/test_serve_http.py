@@ -339,13 +339,14 @@ def test_429_says_when_to_come_back(bundle: Bundle) -> None:
         assert server.metric("f2rt_rejected_requests_total", model="mini", reason="resource_exhausted") == 1
 
 
-def test_500_for_an_engine_that_fails_and_503_until_it_is_right_again(bundle: Bundle) -> None:
+def test_500_for_an_engine_that_fails_and_503_from_then_on(bundle: Bundle) -> None:
     engine, embedder = held(open_embedder(bundle), permits=10_000)
     with InProcess(embedder, http=True) as server, client_of(server) as client:
         engine.fault = EngineError("the device is gone.")
         refused(client.post("/v1/embeddings", json={"input": "a"}), 500, "the device is gone")
         wait_until(lambda: client.get("/health/ready").status_code == 503)
         refused(client.post("/v1/embeddings", json={"input": "a"}), 503, "mini does not answer")
+    assert len(engine.begun) < 20  # a broken engine is looked at once a period, not without a pause
 
 
 def test_500_for_a_fault_of_ours_tells_nothing(
