@@ -77,11 +77,22 @@ parity: setup  ## compare the bundle's engines with PyTorch; writes BUNDLE/parit
 serve: setup  ## serve BUNDLE over gRPC and HTTP
 	$(BIN)/f2rt serve $(BUNDLE) --engine $(ENGINE) --grpc $(GRPC) --http $(HTTP)
 
+# promtool is no Python package: from Debian's, where apt is; elsewhere install it, or its test is skipped by name.
+define PROMTOOL
+if command -v promtool >/dev/null || [ -x $(CLIENTS)/bin/promtool ]; then :; \
+elif (cd $(CLIENTS) && apt-get -qq download prometheus && \
+      dpkg-deb --fsys-tarfile prometheus_*.deb | tar -xO ./usr/bin/promtool > bin/promtool.part && \
+      chmod +x bin/promtool.part && mv bin/promtool.part bin/promtool) >/dev/null 2>&1; then :; \
+else echo "promtool could not be installed: the test that uses it will be skipped"; fi; \
+rm -f $(CLIENTS)/prometheus_*.deb $(CLIENTS)/bin/promtool.part
+endef
+
 clients: $(CLIENTS_STAMP)  ## the environment of the stock clients that tests use (.venv-clients)
 
 $(CLIENTS_STAMP): tests/clients.txt
 	@test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
 	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/clients.txt
+	@$(PROMTOOL)
 	@touch $@
 
 bench: setup  ## the measurements in bench/ (minutes)
