@@ -17,12 +17,14 @@ OPTIMUM := .venv-optimum
 OPTIMUM_STAMP := $(OPTIMUM)/.f2rt-installed
 OPENVINO := .venv-openvino
 OPENVINO_STAMP := $(OPENVINO)/.f2rt-installed
+CLIENTS := .venv-clients
+CLIENTS_STAMP := $(CLIENTS)/.f2rt-installed
 PROTOS  := $(shell find proto -name '*.proto' 2>/dev/null)
 SPACE   := $(subst ,, )
 COMMA   := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help setup proto proto-check lint type test engine parity serve bench bench-peers serve-peers gpu-check optimum-check clean
+.PHONY: help setup proto proto-check lint type test engine parity serve clients bench bench-peers serve-peers gpu-check optimum-check clean
 
 help:  ## show the verbs
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,7 +54,7 @@ lint: setup proto-check  ## style, import rules, generated stubs
 type: setup  ## mypy --strict
 	$(BIN)/mypy
 
-test: setup  ## the whole test suite
+test: setup $(CLIENTS_STAMP)  ## the whole test suite
 	$(BIN)/python -m pytest
 
 # The precisions and backends that are compiled; ONNX Runtime needs no build.
@@ -74,6 +76,24 @@ parity: setup  ## compare the bundle's engines with PyTorch; writes BUNDLE/parit
 
 serve: setup  ## serve BUNDLE over gRPC and HTTP
 	$(BIN)/f2rt serve $(BUNDLE) --engine $(ENGINE) --grpc $(GRPC) --http $(HTTP)
+
+# promtool is no Python package: from Debian's, where apt is; elsewhere install it, or its test is skipped by name.
+define PROMTOOL
+if command -v promtool >/dev/null || [ -x $(CLIENTS)/bin/promtool ]; then :; \
+elif (cd $(CLIENTS) && apt-get -qq download prometheus && \
+      dpkg-deb --fsys-tarfile prometheus_*.deb | tar -xO ./usr/bin/promtool > bin/promtool.part && \
+      chmod +x bin/promtool.part && mv bin/promtool.part bin/promtool) >/dev/null 2>&1; then :; \
+else echo "promtool could not be installed: the test that uses it will be skipped"; fi; \
+rm -f $(CLIENTS)/prometheus_*.deb $(CLIENTS)/bin/promtool.part
+endef
+
+clients: $(CLIENTS_STAMP)  ## the environment of the stock clients that tests use (.venv-clients)
+
+$(CLIENTS_STAMP): tests/clients.txt
+	@test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/clients.txt
+	@$(PROMTOOL)
+	@touch $@
 
 bench: setup  ## the measurements in bench/ (minutes)
 	$(BIN)/python -m bench

@@ -37,6 +37,7 @@ TEXTS = [
 ]
 START_S = 60.0  # a bound, never a wait: a busy machine may need a while to load and prove an engine
 MAIN = "from export.cli import main; main()"
+_SERVING_HTTP = re.compile(r"serving HTTP on (\S+)$")
 _SERVING = re.compile(r"serving .* on (\S+), fingerprint ([0-9a-f]{32})$")
 
 
@@ -70,13 +71,23 @@ def f2rt(
 
 
 class ServerProcess:
-    """`f2rt serve` on a free port. Ready when the constructor returns; killed when the context ends."""
+    """`f2rt serve` on a free port. Ready when the constructor returns; killed when the context ends.
+
+    With `http` it serves HTTP as well, at the address `self.http`.
+    """
 
     def __init__(
-        self, folder: Path, *options: str, address: str = "127.0.0.1:0", ca: Path | None = None, **certificate: Path
+        self,
+        folder: Path,
+        *options: str,
+        address: str = "127.0.0.1:0",
+        http: bool = False,
+        ca: Path | None = None,
+        **certificate: Path,
     ) -> None:
         self._tls: dict[str, Any] = {"tls_ca": ca, **certificate}
         command = [sys.executable, "-c", MAIN, "serve", str(folder), "--grpc", address, *options]
+        command += ["--http", "127.0.0.1:0"] if http else []
         self.process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -96,6 +107,11 @@ class ServerProcess:
             found = _SERVING.search(self.wait_for_line(_SERVING))
             assert found is not None
             self.address, self.fingerprint = found.groups()
+            self.http = ""
+            if http:
+                heard = _SERVING_HTTP.search(self.wait_for_line(_SERVING_HTTP))
+                assert heard is not None
+                self.http = heard.group(1)
             with self.client() as client:
                 client.wait_ready(START_S)
         except BaseException:

@@ -76,9 +76,13 @@ class GoldenWatch:
         turns = itertools.cycle(texts)
         while True:
             alarmed = False
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._alarm.wait(), self._period_s)
-                alarmed = True
+            if self._failing:
+                # The alarms are its own failed checks now: to answer each at once would be to check without a pause.
+                await asyncio.sleep(self._period_s)
+            else:
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(self._alarm.wait(), self._period_s)
+                    alarmed = True
             self._alarm.clear()
             if self._failing or alarmed or not await self.check([next(turns)]):
                 self._failing = not await self.check(list(texts))

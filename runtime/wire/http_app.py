@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import re
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -20,7 +21,7 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
 import runtime
-from runtime.errors import AccessError, F2rtError, InputError, OverloadedError, TooLargeError
+from runtime.errors import AccessError, DeadlineError, F2rtError, InputError, OverloadedError, TooLargeError
 from runtime.serving.access import Keys
 from runtime.serving.metrics import CONTENT_TYPE
 from runtime.serving.model import Model
@@ -31,8 +32,11 @@ from runtime.wire.openapi import describe, page
 
 log = logging.getLogger("f2rt.http")
 
+_DECODED_IN_LOOP = 1 << 16  # bytes
 _ENCODED_IN_LOOP = 1 << 16  # values
 _MOST_TIMEOUT_S = 24 * 3600.0
+_SILENCE_S = 30.0  # in the middle of a body
+_NUMBER = re.compile(r"[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -48,7 +52,12 @@ class HttpApp:
         self._open = 0
         self._idle = asyncio.Event()
         self._idle.set()
-        self._description = describe(runtime.__version__, [model.name for model in models], keys.required)
+        self._description = describe(
+            runtime.__version__,
+            {model.name: model.embedder.contract for model in models},
+            settings.limits,
+            needs_key=keys.required,
+        )
         self.app = Starlette(
             routes=[
                 Route("/v1/embeddings", self._closed(self.embeddings), methods=["POST"]),
@@ -63,6 +72,8 @@ class HttpApp:
             ],
             exception_handlers={HTTPException: _refused},
         )
+        # A redirect would be a refusal without our body, to wherever the caller's Host header says.
+        self.app.router.redirect_slashes = False
 
     async def idle(self) -> None:
         """Return once no request is being answered."""
@@ -73,12 +84,12 @@ class HttpApp:
         given = request.headers.get("x-request-id", "")
         own_id = request_id(given if given.isprintable() else "")
         deadline_s = _deadline(request)
-        wanted = openai_v1.decode_request(await self._body(request))
+        wanted = await self._decoded(await self._body(request))
         # The model's own facts decide what token ids and prompts mean.
-        model = self._models.get(wanted.model)
+        model = self._models.get(wanted.model or "")
         contract = model.embedder.contract
         call = openai_v1.make_call(wanted, contract.eos_id, contract.prompts, request_id=own_id, deadline_s=deadline_s)
-        reply = await _unless_gone(request, self._models.embed(call, "http"))
+        reply = await _unless_gone(request, self._models.embed(call, "http"), deadline_s)
 
         def encode() -> bytes:
             return openai_v1.encode_reply(wanted, call, reply, model.name)
@@ -94,7 +105,10 @@ class HttpApp:
 
     async def model(self, request: Request) -> Response:
         """GET /v1/models/{name}."""
-        return _json(self._described(self._models.get(request.path_params["name"])))
+        name = request.path_params["name"]
+        if not name:  # elsewhere "" is the default model; here it is a path that does not exist
+            raise HTTPException(404)
+        return _json(self._described(self._models.get(name)))
 
     async def info(self, request: Request) -> Response:
         """GET /info: which engines answer, from which checkpoints."""
@@ -158,21 +172,34 @@ class HttpApp:
     async def _body(self, request: Request) -> bytes:
         """Read the body within the limit. Raises TooLargeError, InputError."""
         limit = self._settings.max_message_bytes
-        if request.headers.get("content-encoding", "identity") != "identity":
-            raise InputError("the body is compressed.", cure="Send it as it is.")
+        if request.headers.get("content-encoding", "identity").lower() != "identity":
+            raise HTTPException(415, "the body is compressed. Send it as it is.")
         kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise HTTPException(415, f"the body is {kind[:60]!r}. Send application/json.")
         announced = request.headers.get("content-length", "")
         if announced.isdecimal() and int(announced) > limit:
             raise _too_large(int(announced), limit)
-        parts, size = [], 0
-        async for part in request.stream():
+        parts: list[bytes] = []
+        size = 0
+        stream = request.stream()
+        while True:
+            try:
+                part = await asyncio.wait_for(anext(stream, None), _SILENCE_S)
+            except TimeoutError as error:
+                raise HTTPException(408, f"the rest of the body did not come within {_SILENCE_S:g} s.") from error
+            if part is None:
+                return b"".join(parts)
             size += len(part)
             if size > limit:
                 raise _too_large(size, limit)
             parts.append(part)
-        return b"".join(parts)
+
+    async def _decoded(self, body: bytes) -> openai_v1.EmbeddingsRequest:
+        """Decode a body, a large one on another thread. Raises InputError."""
+        if len(body) <= _DECODED_IN_LOOP:
+            return openai_v1.decode_request(body)
+        return await self._models.default.pipeline.in_thread(lambda: openai_v1.decode_request(body))
 
 
 def _info(model: Model) -> dict[str, Any]:
@@ -200,15 +227,19 @@ def _info(model: Model) -> dict[str, Any]:
     }
 
 
-async def _unless_gone(request: Request, answering: Any) -> Any:
-    """Await an answer, and drop it when the client goes away meanwhile. Raises ClientDisconnect."""
+async def _unless_gone(request: Request, answering: Any, deadline_s: float | None) -> Any:
+    """Await an answer, and drop it when the client goes away or its time is over. Raises ClientDisconnect."""
     task = asyncio.ensure_future(answering)
     gone = asyncio.ensure_future(request.receive())  # the body is read: what comes next is the end of the connection
     try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
+        left_s = None if deadline_s is None else max(deadline_s - time.perf_counter(), 0.0)
+        await asyncio.wait((task, gone), timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        if gone.done():
             raise ClientDisconnect
-        return task.result()
+        # The queue refuses what it knows to come too late; an engine that is busy for longer is not asked.
+        raise DeadlineError("the deadline passed before the answer was ready.", cure="Allow more time.")
     finally:
         for one in (task, gone):
             if not one.done():
@@ -223,10 +254,7 @@ def _deadline(request: Request) -> float | None:
     given = request.headers.get("x-request-timeout")
     if given is None:
         return None
-    try:
-        seconds = float(given)
-    except ValueError:
-        seconds = math.nan
+    seconds = float(given) if _NUMBER.fullmatch(given) else math.nan
     if not 0 < seconds <= _MOST_TIMEOUT_S:
         raise InputError(f"X-Request-Timeout is {given[:40]!r}.", cure="Give seconds, for example 0.5.")
     return time.perf_counter() + seconds

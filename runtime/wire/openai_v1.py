@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -20,22 +20,25 @@ from runtime.errors import F2rtError, InputError, status_of
 from runtime.serving.call import EmbedCall, EmbedReply, instruction_for
 from runtime.tokenizer import Instruction, Truncate
 
-Text = Annotated[str, msgspec.Meta(description="One text, or a token id.")]
+Number = int | float
 
 
 class EmbeddingsRequest(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """Body of POST /v1/embeddings. `input` is a text, a list of texts, a list of token ids, or a list of such lists."""
+    """Body of POST /v1/embeddings. `input` is a text, a list of texts, a list of token ids, or a list of such lists.
 
-    input: str | list[str | int | list[int]]
-    model: str = ""
-    encoding_format: Literal["float", "base64"] = "float"
-    dimensions: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    null is the default everywhere: clients with optional fields send it. 8.0 is a whole number, in JSON as here.
+    """
+
+    input: str | list[str | Number | list[Number]]
+    model: str | None = None
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Number | None = None
     user: str | None = None
     prompt_name: str | None = None
     prompt: str | None = None
     input_type: Literal["query", "passage", "document"] | None = None
     truncate: Literal["error", "end", "start"] | None = None
-    normalize: bool = True
+    normalize: bool | None = None
 
 
 class EmbeddingObject(msgspec.Struct):
@@ -78,6 +81,7 @@ class ErrorResponse(msgspec.Struct):
     error: ErrorDetail
 
 
+_MAX_PROBLEM_CHARS = 200
 _DECODER = msgspec.json.Decoder(EmbeddingsRequest)
 # OpenAI's own words for a status: its clients look at the HTTP status, people and gateways at these.
 _KINDS: dict[int, tuple[str, str | None]] = {
@@ -85,6 +89,7 @@ _KINDS: dict[int, tuple[str, str | None]] = {
     401: ("invalid_request_error", "invalid_api_key"),
     404: ("invalid_request_error", "not_found"),
     405: ("invalid_request_error", "method_not_allowed"),
+    408: ("invalid_request_error", "request_timeout"),
     413: ("invalid_request_error", "request_too_large"),
     415: ("invalid_request_error", "unsupported_media_type"),
     429: ("rate_limit_error", "rate_limit_exceeded"),
@@ -99,7 +104,10 @@ def decode_request(body: bytes) -> EmbeddingsRequest:
     try:
         return _DECODER.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:  # ValidationError is a DecodeError
-        raise InputError(f"the body is no embeddings request: {error}.", cure="See /docs for its fields.") from error
+        problem = str(error)
+        if len(problem) > _MAX_PROBLEM_CHARS:  # it may quote the name of a field
+            problem = f"{problem[:_MAX_PROBLEM_CHARS]}…"
+        raise InputError(f"the body is no embeddings request: {problem}.", cure="See /docs for its fields.") from error
 
 
 def make_call(
@@ -125,11 +133,11 @@ def make_call(
         token_ids=token_ids,
         instruction=instruction,
         truncate=None if request.truncate is None else Truncate(request.truncate),
-        dimensions=request.dimensions,
-        normalize=request.normalize,
+        dimensions=None if request.dimensions is None else _whole("dimensions", request.dimensions),
+        normalize=request.normalize is not False,
         deadline_s=deadline_s,
         request_id=request_id,
-        model=request.model,
+        model=request.model or "",
     )
 
 
@@ -170,16 +178,28 @@ def _inputs(given: str | list[Any]) -> tuple[Sequence[str], Sequence[Sequence[in
     kinds = {type(item) for item in given}
     if kinds == {str}:
         return given, []
-    if kinds == {int}:
-        return [], [given]
+    if kinds and kinds <= {int, float}:
+        return [], [_ids(given)]
     if kinds == {list}:
-        return [], given
+        return [], [_ids(row) for row in given]
     if not kinds:
         raise InputError("input is empty.", cure="Send at least one text.")
     raise InputError("input mixes texts and token ids.", cure="Send texts, or lists of token ids.")
 
 
-def _embeddings(vectors: NDArray[np.float32], encoding: str) -> Sequence[Any]:
-    if encoding == "float":
+def _ids(given: list[Number]) -> list[int]:
+    if all(type(one) is int for one in given):
+        return given  # type: ignore[return-value]
+    return [_whole("a token id", one) for one in given]
+
+
+def _whole(what: str, number: Number) -> int:
+    if isinstance(number, float) and not number.is_integer():
+        raise InputError(f"{what} is {number}.", cure="Send a whole number.")
+    return int(number)
+
+
+def _embeddings(vectors: NDArray[np.float32], encoding: str | None) -> Sequence[Any]:
+    if encoding != "base64":
         return list(np.ascontiguousarray(vectors))
     return [base64.b64encode(row).decode("ascii") for row in np.ascontiguousarray(vectors.astype("<f4", copy=False))]

@@ -6,30 +6,37 @@ The page is made here, from the document alone: it loads nothing from anywhere e
 from __future__ import annotations
 
 import html
+import inspect
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
+from runtime.bundle import Contract
+from runtime.settings import Limits
 from runtime.wire import openai_v1
 
 _JSON = "application/json"
 
 
-def describe(version: str, models: list[str], needs_key: bool) -> dict[str, Any]:
-    """Return the OpenAPI document of a server with these models."""
+def describe(version: str, models: Mapping[str, Contract], limits: Limits, *, needs_key: bool) -> dict[str, Any]:
+    """Return the OpenAPI document of a server with these models. A limit that models differ in is the widest."""
     types = (openai_v1.EmbeddingsRequest, openai_v1.EmbeddingsResponse, openai_v1.ErrorResponse)
     (request, response, error), schemas = msgspec.json.schema_components(
         types, ref_template="#/components/schemas/{name}"
     )
+    for schema in schemas.values():
+        schema["description"] = inspect.cleandoc(schema["description"])
     refusals = {
         status: {"description": text, "content": {_JSON: {"schema": error}}}
         for status, text in (
             ("400", "The request has to change: the message says what is wrong, the limit and the cure"),
             ("401", "No API key, or an unknown one"),
             ("404", "No such model or prompt"),
+            ("408", "The body stopped coming"),
             ("413", "The body is too large"),
-            ("415", "The body is not JSON"),
+            ("415", "The body is not JSON, or compressed"),
             ("429", "Full: Retry-After says when to come back"),
             ("500", "The engine failed"),
             ("503", "Not ready, or shutting down"),
@@ -51,14 +58,26 @@ def describe(version: str, models: list[str], needs_key: bool) -> dict[str, Any]
 
     ready = get("Whether every model gives PyTorch's vectors", open_to_all=True)
     ready["get"]["responses"]["503"] = {"description": "One does not", "content": {_JSON: {"schema": anything}}}
-    name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+    name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "enum": list(models)}}
     timeout = {
         "name": "X-Request-Timeout",
         "in": "header",
         "description": "Seconds after which the answer is worth nothing",
         "schema": {"type": "number", "exclusiveMinimum": 0, "maximum": 86400},
     }
-    schemas["EmbeddingsRequest"]["properties"]["model"]["examples"] = models
+    fields = schemas["EmbeddingsRequest"]["properties"]
+    contracts = models.values()
+    fields["input"] = _input(
+        limits,
+        max(c.vocab_size for c in contracts),
+        min(max(c.max_tokens for c in contracts), limits.max_request_tokens),
+    )
+    fields["model"] |= {"enum": [*models, "", None], "examples": list(models)}
+    fields["dimensions"]["anyOf"] = [
+        {"type": "integer", "minimum": 1, "maximum": max(c.dim for c in contracts)},
+        {"type": "null"},
+    ]
+    fields["prompt_name"]["anyOf"][0]["enum"] = sorted({name for c in contracts for name in c.prompts})
     document: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {
@@ -90,6 +109,15 @@ def describe(version: str, models: list[str], needs_key: bool) -> dict[str, Any]
     return document
 
 
+def _input(limits: Limits, vocab_size: int, max_tokens: int) -> dict[str, Any]:
+    """Return the schema of the four forms of `input`; the decoder's own type allows mixtures, refused later."""
+    text = {"type": "string", "maxLength": limits.max_text_chars}
+    one = {"type": "integer", "minimum": 0, "maximum": vocab_size - 1}
+    ids = {"type": "array", "items": one, "minItems": 1, "maxItems": max_tokens}
+    many = {"type": "array", "minItems": 1, "maxItems": limits.max_items}
+    return {"anyOf": [text, {**many, "items": text}, ids, {**many, "items": ids}]}
+
+
 def page(document: dict[str, Any]) -> str:
     """Return the document as an HTML page."""
     info = document["info"]
@@ -119,7 +147,7 @@ def page(document: dict[str, Any]) -> str:
 def _fields(schema: dict[str, Any]) -> str:
     rows = []
     for name, field in schema["properties"].items():
-        needed = "required" if name in schema.get("required", ()) else f"default {json.dumps(field.get('default'))}"
+        needed = "required" if name in schema.get("required", ()) else "optional"
         rows.append(
             f"<tr><td><code>{_text(name)}</code></td><td>{_text(_kind(field))}</td><td>{_text(needed)}</td></tr>"
         )
