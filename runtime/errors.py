@@ -48,6 +48,7 @@ class F2rtError(Exception):
         super().__init__(message)
         self.message = message
         self.cure = cure
+        self.counted = False  # in a server's metrics: once, whoever answers with it
 
     def __str__(self) -> str:
         return f"{self.message} {self.cure}".rstrip()

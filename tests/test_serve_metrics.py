@@ -7,15 +7,18 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import runtime.serving
+from runtime._pb.f2rt.v1 import embedding_pb2 as pb
 from runtime.bundle import Bundle
 from runtime.client import EmbeddingClient
 from runtime.embedder import Embedder, open_embedder
 from runtime.errors import InputError, NotFoundError
 from runtime.tokenizer import Instruction, Truncate
+from tests.serving import failure
 from tests.serving_in_process import InProcess, held
 
 DASHBOARD = Path(runtime.serving.__file__).parent / "grafana.json"
@@ -30,12 +33,16 @@ def embedder(bundle: Bundle) -> Iterator[Embedder]:
 
 def test_what_is_counted(embedder: Embedder) -> None:
     _, own = held(embedder, permits=1000)
-    with InProcess(own) as server, EmbeddingClient(server.grpc) as client:
+    with InProcess(own, http=True) as server, EmbeddingClient(server.grpc) as client:
         client.embed(["a", "word " * 2000])
         with pytest.raises(InputError):
             client.embed([])
         with pytest.raises(NotFoundError):
             client.embed(["a"], model="made-up")
+        with server.channel() as channel:  # refused before any model is asked
+            failure(lambda: server.stub(channel).Embed(pb.EmbedRequest(dtype=99)))  # type: ignore[arg-type]
+            failure(lambda: channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")(b"\xff"))
+        httpx.post(f"http://{server.http}/v1/embeddings", content=b"{")
         tokens = (
             sum(len(i.ids) for i in embedder.tokenize(["a"], Instruction(prompt=""), Truncate.END))
             + embedder.contract.max_tokens
@@ -44,6 +51,9 @@ def test_what_is_counted(embedder: Embedder) -> None:
             ("f2rt_requests_total", {"model": "mini", "protocol": "grpc", "status": "OK"}, 1),
             ("f2rt_requests_total", {"model": "mini", "protocol": "grpc", "status": "INVALID_ARGUMENT"}, 1),
             ("f2rt_requests_total", {"model": "", "protocol": "grpc", "status": "NOT_FOUND"}, 1),
+            ("f2rt_requests_total", {"model": "", "protocol": "grpc", "status": "INVALID_ARGUMENT"}, 1),
+            ("f2rt_requests_total", {"model": "", "protocol": "kserve", "status": "INVALID_ARGUMENT"}, 1),
+            ("f2rt_requests_total", {"model": "", "protocol": "http", "status": "INVALID_ARGUMENT"}, 1),
             ("f2rt_rejected_requests_total", {"model": "mini", "reason": "invalid_argument"}, 1),
             ("f2rt_texts_total", {"model": "mini"}, 2),
             ("f2rt_truncated_texts_total", {"model": "mini"}, 1),

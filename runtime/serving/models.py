@@ -75,6 +75,7 @@ class Models:
             status = "OK"
         except F2rtError as failure:
             status, error = status_of(failure).grpc, failure.message
+            failure.counted = True
             raise
         except Exception:
             status = "INTERNAL"
@@ -82,6 +83,12 @@ class Models:
         finally:
             model = record.model.name if record.model else ""  # never what a caller made up: labels stay few
             self._recorder.put(Outcome(model, protocol, status, call, record.reply, error))
+
+    def refused(self, error: F2rtError, protocol: str) -> None:
+        """Count and log a request that was refused before any model was asked; one that was counted is left alone."""
+        if not error.counted:
+            error.counted = True
+            self._recorder.put(Outcome("", protocol, status_of(error).grpc, EmbedCall(), None, error.message))
 
     def expose(self) -> bytes:
         """Return the metrics in Prometheus' text format, with every request answered so far."""

@@ -63,7 +63,7 @@ class EmbeddingService:
             calls.service(
                 SERVICE_NAME,
                 {
-                    "Embed": calls.unary(self.embed, pb.EmbedRequest, pb.EmbedResponse),
+                    "Embed": calls.unary(self.embed, pb.EmbedRequest, pb.EmbedResponse, protocol="grpc"),
                     "EmbedStream": calls.stream(self.embed_stream, pb.EmbedRequest, pb.EmbedStreamResponse),
                     "Explain": calls.unary(self.explain, pb.ExplainRequest, pb.ExplainResponse),
                     "Info": calls.unary(self.info, pb.InfoRequest, pb.InfoResponse),

@@ -33,8 +33,10 @@ Stream = Callable[[Iterator[Any], Any], Iterator[Any]]
 class Calls:
     """Wraps methods, and knows how many calls are open."""
 
-    def __init__(self, keys: Keys) -> None:
+    def __init__(self, keys: Keys, refused: Callable[[F2rtError, str], None] = lambda error, protocol: None) -> None:
+        """`refused` hears of requests for vectors that got an error, and in which protocol."""
         self._keys = keys
+        self._refused = refused
         self._open = 0
         self._changed = threading.Condition()
 
@@ -47,8 +49,11 @@ class Calls:
         """Return the generic handler of a service from its methods as `unary` and `stream` made them."""
         return grpc.method_handlers_generic_handler(name, methods)
 
-    def unary(self, behavior: Unary, request: Any, response: Any, *, public: bool = False) -> Any:
-        """Return the handler of a method with one request and one response; a `public` one needs no key."""
+    def unary(self, behavior: Unary, request: Any, response: Any, *, public: bool = False, protocol: str = "") -> Any:
+        """Return the handler of a method with one request and one response.
+
+        A `public` one needs no key. `protocol` is what one that makes vectors is counted under.
+        """
 
         def answer(message: Any, context: Any) -> Any:
             self._opened(context)
@@ -60,6 +65,8 @@ class Calls:
                 return behavior(message, context)
             except F2rtError as error:
                 failure: Exception = error
+                if protocol:
+                    self._refused(error, protocol)
             except Exception as error:
                 # A fault of ours: the caller learns no internals, the log has all of them.
                 log.exception("unexpected error in %s", behavior.__name__)

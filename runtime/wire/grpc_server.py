@@ -33,7 +33,7 @@ class GrpcServer:
         """Build the server without listening. Must be called inside the event loop that will run it."""
         self.settings = settings
         self._models = models
-        self._calls = Calls(keys)
+        self._calls = Calls(keys, models.refused)
         self._health = _Health(experimental_non_blocking=True, experimental_thread_pool=ThreadPoolExecutor(1))
         self._server = grpc.server(
             ThreadPoolExecutor(settings.scheduling.max_waiting_requests + _SPARE, thread_name_prefix="f2rt-grpc"),

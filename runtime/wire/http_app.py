@@ -153,6 +153,8 @@ class HttpApp:
                 self._keys.check(request.headers.get("authorization"), request.headers.get("x-api-key"))
                 return await endpoint(request)
             except F2rtError as error:
+                if endpoint == self.embeddings:
+                    self._models.refused(error, "http")
                 return _error(error)
             except ClientDisconnect:
                 return Response(status_code=499)

@@ -49,7 +49,9 @@ class InferenceService:
                     ),
                     "ServerMetadata": calls.unary(self.server, pb.ServerMetadataRequest, pb.ServerMetadataResponse),
                     "ModelMetadata": calls.unary(self.model, pb.ModelMetadataRequest, pb.ModelMetadataResponse),
-                    "ModelInfer": calls.unary(self.infer, pb.ModelInferRequest, pb.ModelInferResponse),
+                    "ModelInfer": calls.unary(
+                        self.infer, pb.ModelInferRequest, pb.ModelInferResponse, protocol="kserve"
+                    ),
                 },
             )
         ]
