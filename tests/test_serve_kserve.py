@@ -172,9 +172,10 @@ async def _drain(server: InProcess) -> None:
 def _full(server: InProcess, engine: HeldEngine) -> grpc.Channel:
     channel = server.channel()
     one = pb_grpc.GRPCInferenceServiceStub(channel)  # type: ignore[no-untyped-call]
-    for number in range(2):
-        one.ModelInfer.future(request([f"text {number}"]))
-        wait_until(lambda n=number: len(engine.begun) + server.model.pipeline.waiting[0] > n)  # type: ignore[misc]
+    one.ModelInfer.future(request(["first"]))
+    engine.wait_begun(1)
+    one.ModelInfer.future(request(["second"]))
+    wait_until(lambda: server.model.pipeline.waiting[0] == 1)
     return channel
 
 
