@@ -147,6 +147,26 @@ def test_clients_that_never_finish_what_they_send(server: ServerProcess) -> None
         connection.close()
 
 
+def test_connections_are_bounded(bundle: Bundle) -> None:
+    """Beyond the limit a connection is closed at once; when others go, there is room again."""
+    with ServerProcess(bundle.folder, "--set", "max_connections=50") as limited:
+        host, _, port = limited.address.rpartition(":")
+        held = [socket.create_connection((host, int(port)), timeout=START_S) for _ in range(120)]
+
+        def is_open(connection: socket.socket) -> bool:
+            connection.settimeout(0.01)
+            with contextlib.suppress(TimeoutError):
+                return connection.recv(1 << 16) != b""
+            return True
+
+        wait_until(lambda: sum(map(is_open, held)) <= 50)
+        for connection in held:
+            connection.close()
+        with limited.client() as client:
+            client.wait_ready(START_S)
+            client.embed(["there is room again"])
+
+
 def test_a_client_that_does_not_read_its_answers(server: ServerProcess) -> None:
     """A stream whose answers nobody takes: it stops at its window, and other callers do not notice."""
     asked: list[int] = []

@@ -169,14 +169,14 @@ async def _drain(server: InProcess) -> None:
     server.models.drain()
 
 
-def _full(server: InProcess, engine: HeldEngine) -> grpc.Channel:
+def _full(server: InProcess, engine: HeldEngine) -> object:
     channel = server.channel()
     one = pb_grpc.GRPCInferenceServiceStub(channel)  # type: ignore[no-untyped-call]
-    one.ModelInfer.future(request(["first"]))
+    calls = [one.ModelInfer.future(request(["first"]))]
     engine.wait_begun(1)
-    one.ModelInfer.future(request(["second"]))
+    calls.append(one.ModelInfer.future(request(["second"])))
     wait_until(lambda: server.model.pipeline.waiting[0] == 1)
-    return channel
+    return [channel, *calls]
 
 
 ROWS: dict[str, tuple[Callable[[InProcess, HeldEngine], object], dict[str, Any], grpc.StatusCode, str]] = {
@@ -201,7 +201,7 @@ def test_every_row_of_the_status_table(embedder: Embedder, tmp_path: Path, row: 
     engine, own = held(embedder)
     with InProcess(own, **settings) as server, server.channel() as channel:
         stub = pb_grpc.GRPCInferenceServiceStub(channel)  # type: ignore[no-untyped-call]
-        kept = prepare(server, engine)  # noqa: F841  (a channel that is let go cancels its calls)
+        kept = prepare(server, engine)  # noqa: F841  (calls that are let go are cancelled)
         fields = {"texts": ["a"], **asked}
         timeout_us = fields.pop("timeout_us", None)
         message_out = request(fields.pop("texts"), **fields)

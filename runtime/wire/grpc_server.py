@@ -47,6 +47,7 @@ class GrpcServer:
                 ("grpc.keepalive_timeout_ms", 20_000),
                 ("grpc.max_connection_idle_ms", _IDLE_MS),
                 ("grpc.max_concurrent_streams", 10_000),
+                ("grpc.max_allowed_incoming_connections", settings.max_connections),
                 # Calls that Python has not seen yet: above its own limits gRPC answers CANCELLED, without a word.
                 ("grpc.server.max_pending_requests", 20_000),
                 ("grpc.server.max_pending_requests_hard_limit", 50_000),
