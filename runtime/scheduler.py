@@ -124,8 +124,8 @@ class FairQueue:
         """
         settings = self._settings
         self._pressure.arrived()
+        self._check_requests()
         for waiting, limit, what in (
-            (self._tickets, settings.max_waiting_requests, "requests"),
             (self.items, settings.max_waiting_items, "texts"),
             (self.tokens, settings.max_waiting_tokens, "tokens"),
         ):
@@ -138,6 +138,11 @@ class FairQueue:
                     f"{self._pressure.ratio:.1f} times as many requests come as can be answered, and the wait is "
                     f"{wait_ms:.0f} ms; in overload the limit is {standing_ms:.0f} ms"
                 )
+
+    def _check_requests(self) -> None:
+        limit = self._settings.max_waiting_requests
+        if self._tickets >= limit:
+            self._refuse(f"{self._tickets} requests are waiting; the limit is {limit}")
 
     def is_overloaded(self, now_s: float) -> bool:
         """Whether requests have been waiting for `burst_ms` without a pause while more came than were answered.
@@ -189,9 +194,9 @@ class FairQueue:
     def _check_room(self, ticket: Ticket, count: int, tokens: int, now_s: float) -> None:
         self._mean_tokens += _LEARN * (tokens - self._mean_tokens)
         settings = self._settings
+        self._check_requests()
         # What is too large for the queue, and not for the server, gets it when it is empty.
         for waiting, own, limit, what in (
-            (self._tickets, 1, settings.max_waiting_requests, "requests"),
             (self.tokens, tokens, settings.max_waiting_tokens, "tokens"),
             (self.items, count, settings.max_waiting_items, "texts"),
         ):
