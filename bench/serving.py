@@ -123,7 +123,8 @@ async def _phases(
     capacity = result.phases["saturated"].texts_per_s / result.texts_per_request
     if not capacity:
         raise RuntimeError("it answered nothing at saturation")
-    for load in LOADS:
+    # Ten times its capacity a server that refuses nothing works off for minutes, and nothing is learned.
+    for load in LOADS if not contender.environment else LOADS[:2]:
         result.phases[f"{load:g}x"] = await open_loop(ask, requests, load * capacity, seconds)
         await closed_loop(ask, requests, 1, 1.0)  # what still waits is worked off
     await ask.close()
