@@ -13,6 +13,7 @@ from bench.graphs import OURS, OWN_HALF, SHAPES, TORCH, TORCH_HALF, TORCH_OLD, m
 from runtime.errors import InputError
 
 
+@pytest.mark.slow
 def test_graphs_side_by_side(stock: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("F2RT_CACHE", str(tmp_path / "cache"))
     # The exports of this test run, which are the same.

@@ -67,6 +67,7 @@ def test_outcomes_are_told_apart() -> None:
     assert outcomes.texts == len(outcomes.ok_ms)
 
 
+@pytest.mark.slow
 def test_a_short_run_of_our_own_server(
     bundle: Bundle, mini: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
