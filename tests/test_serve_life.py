@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx
 import msgspec
 import numpy as np
 import pytest
@@ -100,6 +101,33 @@ def refused(*arguments: str) -> str:
     assert "Traceback" not in text
     assert "serving" not in text
     return text
+
+
+def test_an_http_address_that_cannot_be(bundle: Bundle, tmp_path: Path) -> None:
+    """gRPC listens already when HTTP cannot: the process ends all the same. A file in the way stays."""
+    file = tmp_path / "important"
+    file.write_text("not a socket")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        for address in (f"127.0.0.1:{taken.getsockname()[1]}", f"unix:{file}"):
+            text = refused(str(bundle.folder), "--grpc", "127.0.0.1:0", "--http", address)
+            assert f"cannot listen on {address}" in text
+    assert file.read_text() == "not a socket"
+
+
+def test_http_on_a_unix_socket(bundle: Bundle, tmp_path: Path) -> None:
+    """One that is in use is left alone; one that a killed server left behind is taken."""
+    path = tmp_path / "http.sock"
+    with ServerProcess(bundle.folder, "--http", f"unix:{path}") as server:
+        transport = httpx.HTTPTransport(uds=str(path))
+        with httpx.Client(transport=transport) as client:
+            assert client.get("http://f2rt/health/ready").status_code == 200
+        assert "cannot listen on" in refused(str(bundle.folder), "--grpc", "127.0.0.1:0", "--http", f"unix:{path}")
+        server.stop(signal.SIGKILL)
+    assert path.is_socket()
+    with ServerProcess(bundle.folder, "--http", f"unix:{path}") as server:
+        assert server.stop() == 0
 
 
 def test_a_port_in_use(bundle: Bundle) -> None:

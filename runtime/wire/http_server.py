@@ -96,8 +96,8 @@ class _Server(uvicorn.Server):
 def _listen(address: str) -> socket.socket:
     if address.startswith("unix:"):
         path = Path(address.removeprefix("unix:"))
-        path.unlink(missing_ok=True)
         listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        _remove_left_over(path)
         listening.bind(str(path))
     else:
         host, _, port = address.rpartition(":")
@@ -109,3 +109,13 @@ def _listen(address: str) -> socket.socket:
     listening.listen(_BACKLOG)
     listening.setblocking(False)
     return listening
+
+
+def _remove_left_over(path: Path) -> None:
+    """Remove the socket of a server that is gone; never another kind of file, nor one that somebody listens on."""
+    if not path.is_socket():
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe, contextlib.suppress(ConnectionRefusedError):
+        probe.connect(str(path))
+        return
+    path.unlink()
