@@ -30,6 +30,7 @@ from runtime.bundle import (
     GraphRecord,
     engine_fingerprint,
     open_bundle,
+    timestamp,
     write_manifest,
 )
 from runtime.errors import BundleError, EngineError, InputError, explain_memory_errors
@@ -148,6 +149,7 @@ def _build(
         target=target.name,
         calibration_sha256=graph.calibration_sha256,
         graph_sha256=graph.key,
+        made_at=timestamp(),
     )
 
 
@@ -170,6 +172,7 @@ def _add_onnxruntime_cuda(bundle: Bundle, precision: str, target: str | None) ->
         flags=[f"opset {graph.opset}"],
         calibration_sha256=graph.calibration_sha256,
         graph_sha256=graph.key,
+        made_at=timestamp(),
     )
     old = _find(bundle, record.name, None)
     if old is not None and old.fingerprint == record.fingerprint:

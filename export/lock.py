@@ -8,7 +8,6 @@ is simply taken. Who only reads a bundle (serve, embed, inspect) needs no lock.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import fcntl
 import os
 import socket
@@ -17,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from runtime.bundle import timestamp
 from runtime.errors import OutputError
 from runtime.files import explain_write_errors
 
@@ -103,7 +103,7 @@ def _is_at(path: Path, descriptor: int) -> bool:
 
 def _sign(descriptor: int, command: str) -> None:
     """Say who holds the lock. Only words for whoever waits: on a full disk they are missing, and the lock holds."""
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    now = timestamp()
     line = f"{command} (process {os.getpid()} on {socket.gethostname()}, since {now})"
     with contextlib.suppress(OSError):
         os.ftruncate(descriptor, 0)

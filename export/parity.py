@@ -9,7 +9,6 @@ engine, and a wrong token is named as one.
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import time
 from collections.abc import Sequence
 
@@ -28,7 +27,7 @@ from export.report import (
 )
 from export.samples import Progress, Sample, Vectors, compare_tokenizers, coverage_of, golden_of, make_samples
 from runtime.batch import make_batch
-from runtime.bundle import Bundle, Contract, EngineRecord, Verdict
+from runtime.bundle import Bundle, Contract, EngineRecord, Verdict, timestamp
 from runtime.embedder import finish
 from runtime.engines import Engine
 from runtime.errors import EngineError, F2rtError, InputError, MissingExtraError, NotExecutableError, OutOfMemoryError
@@ -74,7 +73,7 @@ def check_bundle(
     report = ParityReport(
         schema_version=REPORT_SCHEMA_VERSION,
         verdict=verdict,
-        created_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        created_at=timestamp(),
         bundle_fingerprint=bundle.manifest.fingerprint,
         source=bundle.manifest.source,
         graphs=bundle.manifest.graphs,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import importlib.metadata
 import platform
 from collections.abc import Callable, Sequence
@@ -40,6 +39,7 @@ from runtime.bundle import (
     content_fingerprint,
     engine_fingerprint,
     open_bundle,
+    timestamp,
     write_manifest,
 )
 from runtime.errors import CheckpointError, OutputError, explain_memory_errors
@@ -148,7 +148,7 @@ def _manifest(
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         fingerprint=content,
-        created_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        created_at=timestamp(),
         source=source,
         contract=checkpoint.contract,
         tokenizer=tokenizer,
@@ -198,6 +198,7 @@ def onnxruntime_engine(content: str, graph: GraphRecord) -> EngineRecord:
         builder={"f2rt": runtime.__version__},
         flags=[f"opset {graph.opset}", *([f"graph by {graph.origin.producer}"] if graph.origin else [])],
         calibration_sha256=graph.calibration_sha256,
+        made_at=timestamp(),
     )
 
 

@@ -6,7 +6,6 @@ fully updated. The report is written just before it; a report without its manife
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import time
 from collections.abc import Callable, Sequence
@@ -34,6 +33,7 @@ from runtime.bundle import (
     Verdict,
     open_bundle,
     record_file,
+    timestamp,
     with_parity,
     write_manifest,
 )
@@ -99,7 +99,7 @@ def _prove(
         found |= {e.engine: e for e in report.engines}
     else:
         assert old is not None
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        now = timestamp()
         report = replace(old, created_at=now)
     report = _merged(bundle, replace(report, duration_s=round(time.perf_counter() - start, 3)), old, found, len(texts))
     if vectors is not None or any(not e.kept for e in found.values()):

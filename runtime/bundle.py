@@ -17,6 +17,7 @@ It deliberately knows nothing of how these files are made or executed.
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -172,7 +173,11 @@ class GraphRecord:
 
 @dataclass(frozen=True)
 class ParityRecord:
-    """The verdict of a comparison with PyTorch, bound to the engine's fingerprint and the texts' hash."""
+    """The verdict of a comparison with PyTorch, bound to the engine's fingerprint, the texts' and the policy's hash.
+
+    `calibration_overlap` counts the texts of the comparison that also shaped the engine's ranges (None: it is not known
+    what it was calibrated on). A verdict written before there were policies has no `policy_sha256`.
+    """
 
     verdict: Verdict
     fingerprint: str
@@ -183,11 +188,13 @@ class ParityRecord:
     max_abs_diff: float
     report_sha256: str
     checked_at: str
+    policy_sha256: str = ""
+    calibration_overlap: int | None = None
 
 
 @dataclass(frozen=True)
 class EngineRecord:
-    """One engine: who runs which file at which precision, and whether it was proven."""
+    """One engine: who runs which file at which precision, when it was made (ISO 8601, UTC), whether it was proven."""
 
     name: str
     backend: str
@@ -202,6 +209,7 @@ class EngineRecord:
     calibration_sha256: str | None = None
     graph_sha256: str | None = None
     parity: ParityRecord | None = None
+    made_at: str = ""
 
     @property
     def full_name(self) -> str:
@@ -262,6 +270,11 @@ class Bundle:
             f"the bundle {self.folder} has no {precision} graph; it has: {names}.",
             cure=f"Export it again with --precision {precision}{own}.",
         )
+
+
+def timestamp() -> str:
+    """Return the time as manifests and reports write it: ISO 8601, UTC, whole seconds. Their order is that of text."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def fingerprint(manifest_parts: list[str]) -> str:

@@ -1,6 +1,7 @@
 """The one home of every number that decides whether vectors count as equal.
 
-Parity, the golden check at load and the tests read these and nothing else. Cosines are taken per row, in float64,
+Parity, the golden check at load and the tests read these, or the policy that overrides some of them for a deployment
+(`runtime/policy.py`). Cosines are taken per row, in float64,
 against the PyTorch float32 reference.
 """
 
@@ -14,13 +15,17 @@ class Tolerance:
     """What an engine of one precision must reach.
 
     `min_cosine` bounds the worst row, `mean_cosine` the mean over rows, `max_abs_diff` any single value of the unit
-    vector, and `norm_error` how far a row's length may be from 1.
+    vector, and `norm_error` how far a row's length may be from 1. Cosine alone hides damage: `top10_overlap` is the
+    mean share of a text's ten nearest neighbours that must be PyTorch's, and `retrieval_loss_points` how many points
+    of 100 of nDCG@10 or R@1 an engine may lose against PyTorch on a labelled set.
     """
 
     min_cosine: float
     mean_cosine: float
     max_abs_diff: float
     norm_error: float
+    top10_overlap: float = 0.9
+    retrieval_loss_points: float = 1.0
 
 
 TOLERANCES: dict[str, Tolerance] = {
