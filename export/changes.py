@@ -48,6 +48,8 @@ from runtime.files import copy_file
 
 UNCHANGED = "nothing it depends on has changed"
 STRUCTURE = "graph structure"
+# What a narrow graph has beside it since then: a bundle without is written again.
+KEPT_BESIDE = "calibration, plan"
 _SHOWN_CHARS = 20
 
 
@@ -80,6 +82,7 @@ def graph_inputs(
     }
     if precision is Precision.FP32:
         return inputs
+    inputs["kept beside"] = KEPT_BESIDE
     used = {t.prompt for t in calibration}
     if precision is Precision.INT8:
         inputs |= {"INT8 budget": str(int8_budget), "INT8 rules": str(INT8_RULES)}
@@ -139,7 +142,7 @@ def decide(
     record = next((g for g in old.manifest.graphs if g.precision == precision), None) if old else None
     if old is None or record is None:
         return Decision(precision, inputs, None, otherwise)
-    reason = difference(record.inputs, inputs) or damage(old, record.files, advance)
+    reason = difference(record.inputs, inputs) or damage(old, record.all_files, advance)
     return Decision(precision, inputs, None if reason else record, reason or UNCHANGED)
 
 
@@ -230,7 +233,7 @@ def is_same(old: Bundle, new: Manifest) -> bool:
 
 def outliving_files(new: Manifest, old: Bundle) -> list[str]:
     """Return the old bundle's files besides graphs that `new` names: engines, golden vectors, the report."""
-    graph_files = {f.file for graph in new.graphs for f in graph.files}
+    graph_files = {f.file for graph in new.graphs for f in graph.all_files}
     files = [e.file for e in new.engines if e.file not in graph_files]
     files += [new.golden.file] if new.golden else []
     report = any(e.parity for e in new.engines) and old.path(REPORT).is_file()

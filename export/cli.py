@@ -169,7 +169,7 @@ def parity_command(
     with console.readable_errors(), _export_extra():
         from calibration.texts import read_texts, verification_texts
         from export.prove import prove_bundle
-        from export.report import print_report
+        from export.report.terminal import print_report
 
         samples = verification_texts() + (read_texts(texts) if texts else [])
         lines: list[str] = []

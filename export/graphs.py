@@ -13,12 +13,14 @@ import runtime
 from calibration.statistics import Statistics
 from calibration.texts import Text, texts_sha256
 from export.adopt import weight_bytes, write_foreign
+from export.calibrated import Calibration, measured_tensors, text_digest, write_calibration
 from export.checkpoint import Checkpoint
 from export.conventions import TOKENIZER
 from export.encoder import OPSET, build_encoder
 from export.external_data import DataLayout, write
 from export.foreign import ForeignGraph
 from export.int8 import QuantizationPlan
+from export.plans import write_plan
 from export.precision import Precision
 from export.probe import probe
 from export.quantize import plan_int8
@@ -60,6 +62,16 @@ def write_graphs(
     fp32 = kept.get(Precision.FP32) or write_graph(checkpoint, root, Precision.FP32, progress)
     measured = measure(checkpoint, root, fp32, texts, progress)
     tell(f"calibration: {measured.summary(checkpoint.contract.max_tokens)}")
+    hash_of_texts = texts_sha256(texts)
+    calibration = write_calibration(
+        root,
+        Calibration(
+            hash_of_texts,
+            measured.statistics.tokens,
+            [text_digest(text) for text in texts],
+            measured_tensors(measured.statistics),
+        ),
+    )
     graphs = []
     for precision in precisions:
         if precision is Precision.FP32 or precision in kept:
@@ -69,8 +81,9 @@ def write_graphs(
             graph = write_int8_graphs(checkpoint, root, fp32, measured, int8_budget, progress)
         else:
             plan = rescale_plan(checkpoint, measured)
-            graph = replace(write_graph(checkpoint, root, precision, progress, plan), rescaling=plan.lines)
-        graphs.append(replace(graph, calibration_sha256=texts_sha256(texts)))
+            graph = write_graph(checkpoint, root, precision, progress, plan)
+            graph = replace(graph, rescaling=plan.lines, plan=write_plan(root, precision, plan))
+        graphs.append(replace(graph, calibration_sha256=hash_of_texts, calibration=calibration))
     if Precision.FP32 not in precisions:
         for record in fp32.files:
             (root / record.file).unlink()
@@ -130,7 +143,12 @@ def write_int8_graphs(
         progress=lambda label, done, total: progress(Step(label, total), done),
     )
     graph = write_graph(checkpoint, root, Precision.INT8, progress, quantization=quantization)
-    return replace(graph, rescaling=quantization.rescale.lines, quantization=quantization.record)
+    return replace(
+        graph,
+        rescaling=quantization.rescale.lines,
+        quantization=quantization.record,
+        plan=write_plan(root, Precision.INT8, quantization.rescale),
+    )
 
 
 def write_graph(

@@ -118,7 +118,7 @@ def _export(
     with staged_folder(folder) as staging:
         copy_file(checkpoint.folder / TOKENIZER, staging / TOKENIZER, CheckpointError)
         if old is not None:
-            carry(old, [f.file for g in kept for f in g.files], staging)
+            carry(old, {f.file for g in kept for f in g.all_files}, staging)
         if foreign is None:
             already = {g.precision: g for g in kept}
             budget = request.int8_budget

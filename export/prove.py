@@ -18,11 +18,11 @@ from export.changes import damage, spare_name
 from export.checkpoint import reference_files
 from export.hub import Location, locate
 from export.lock import Wait, bundle_lock
-from export.parity import check_bundle
+from export.parity import check_bundle, overall
 from export.recorded import RecordedReference
-from export.report import EngineReport, ParityReport, to_json
+from export.report.data import EngineReport, ParityReport, policy_record, to_json
 from export.samples import Progress
-from export.verdicts import read_report, recorded, require_intact, run_versions, standing, unexecutable
+from export.verdicts import Request, read_report, recorded, require_intact, run_versions, standing, unexecutable
 from runtime import golden
 from runtime.bundle import (
     GOLDEN,
@@ -30,7 +30,6 @@ from runtime.bundle import (
     Bundle,
     EngineRecord,
     ParityRecord,
-    Verdict,
     open_bundle,
     record_file,
     timestamp,
@@ -39,6 +38,7 @@ from runtime.bundle import (
 )
 from runtime.errors import BundleError, CheckpointError, InputError, explain_memory_errors
 from runtime.files import explain_read_errors, write_atomic
+from runtime.policy import Policy
 
 
 def prove_bundle(
@@ -52,6 +52,7 @@ def prove_bundle(
     progress: Progress = lambda label, done, total: None,
     tell: Callable[[str], None] = lambda line: None,
     wait: Wait = Wait(),
+    policy: Policy = Policy(),
 ) -> ParityReport:
     """Compare the engines of a bundle with PyTorch and record golden vectors, report and verdicts.
 
@@ -69,7 +70,7 @@ def prove_bundle(
         "Free memory: PyTorch takes four bytes a weight, an engine about the size of its files; what was done is kept."
     )
     with bundle_lock(folder, "f2rt parity", wait), explain_memory_errors(f"compare {folder} with PyTorch", cure):
-        report = _prove(open_bundle(folder), texts, engine_names, model, force, progress, tell)
+        report = _prove(open_bundle(folder), texts, engine_names, model, force, progress, tell, policy)
     if report_dir is not None:
         write_atomic(report_dir / Path(REPORT).name, to_json(report))
     return report
@@ -83,24 +84,26 @@ def _prove(
     force: bool,
     progress: Progress,
     tell: Callable[[str], None],
+    policy: Policy,
 ) -> ParityReport:
     start = time.perf_counter()
     asked = bundle.manifest.engines if engine_names is None else [bundle.engine(n) for n in engine_names]
     require_intact(bundle, asked)
     location = source_location(bundle, model) if model is not None else None
     old, hash_of_texts = read_report(bundle), texts_sha256(texts)
-    found, to_run = _without_reference(bundle, asked, old, hash_of_texts, force, tell)
+    found, to_run = _without_reference(bundle, asked, old, Request(hash_of_texts, policy), force, tell)
     current = old is not None and old.coverage.texts_sha256 == hash_of_texts and _golden_is_whole(bundle)
     vectors = None
     if to_run or not current:
         with RecordedReference(location or source_location(bundle, model), bundle.manifest.source) as reference:
-            report, vectors = check_bundle(bundle, reference, texts, engine_names=to_run, progress=progress)
+            report, vectors = check_bundle(
+                bundle, reference, texts, engine_names=to_run, progress=progress, policy=policy
+            )
         tell(f"reference: {reference.computed} vectors from PyTorch now, the others from its earlier runs")
         found |= {e.engine: e for e in report.engines}
     else:
         assert old is not None
-        now = timestamp()
-        report = replace(old, created_at=now)
+        report = replace(old, created_at=timestamp(), policy=policy_record(policy))
     report = _merged(bundle, replace(report, duration_s=round(time.perf_counter() - start, 3)), old, found, len(texts))
     if vectors is not None or any(not e.kept for e in found.values()):
         record(bundle, report, vectors)
@@ -111,7 +114,7 @@ def _without_reference(
     bundle: Bundle,
     asked: Sequence[EngineRecord],
     old: ParityReport | None,
-    hash_of_texts: str,
+    request: Request,
     force: bool,
     tell: Callable[[str], None],
 ) -> tuple[dict[str, EngineReport], list[str]]:
@@ -120,7 +123,7 @@ def _without_reference(
     to_run = []
     for engine in asked:
         name = engine.full_name
-        result = "--force was given" if force else standing(bundle, engine, old, hash_of_texts)
+        result = "--force was given" if force else standing(bundle, engine, old, request)
         if isinstance(result, EngineReport):
             found[name] = result
             continue
@@ -150,12 +153,10 @@ def _merged(
                 texts=texts,
                 texts_sha256=report.coverage.texts_sha256,
                 versions=run_versions(engine.backend),
+                policy_sha256=report.policy.sha256,
             )
         engines += [result] if result else []
-    verdicts = {e.verdict for e in found.values()}
-    failed = report.tokenizer_mismatches or "fail" in verdicts
-    verdict: Verdict = "fail" if failed else "pass" if "pass" in verdicts else "not_executed"
-    return replace(report, engines=engines, verdict=verdict)
+    return replace(report, engines=engines, verdict=overall(list(found.values()), report.tokenizer_mismatches))
 
 
 def _golden_is_whole(bundle: Bundle) -> bool:
@@ -219,4 +220,6 @@ def _verdict(engine: EngineReport, report_sha256: str) -> ParityRecord:
         max_abs_diff=max((c.max_abs_diff for c in checks), default=-1.0),
         report_sha256=report_sha256,
         checked_at=engine.checked_at,
+        policy_sha256=engine.policy_sha256,
+        calibration_overlap=engine.calibration_overlap,
     )

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from calibration.texts import Text, texts_sha256
 from export.reference import ReferenceVectors
-from export.report import Coverage, TokenMismatch
+from export.report.data import Coverage, TokenMismatch
 from runtime.bundle import Bundle, Contract
 from runtime.errors import BundleError
 from runtime.golden import Golden

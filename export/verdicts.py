@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import msgspec
 
@@ -16,13 +16,13 @@ import runtime
 from export.changes import UNCHANGED, damage, difference
 from export.parity import not_executed
 from export.reference import reference_versions
-from export.report import REPORT_SCHEMA_VERSION, EngineReport, ParityReport
+from export.report.data import REPORT_SCHEMA_VERSION, EngineReport, ParityReport
 from runtime.bundle import REPORT, Bundle, EngineRecord, FileRecord
 from runtime.errors import BundleError, EngineError, MissingExtraError, NotExecutableError, OutOfMemoryError
 from runtime.files import sha256_file
 from runtime.loader import open_raw_engine
+from runtime.policy import Policy
 from runtime.settings import EngineSettings
-from runtime.tolerances import TOLERANCES
 
 _RUNNERS = {
     "onnxruntime": "onnxruntime",
@@ -58,8 +58,16 @@ def recorded(report: ParityReport | None, record: EngineRecord) -> EngineReport 
     return next((e for e in engines if (e.engine, e.fingerprint) == (record.full_name, record.fingerprint)), None)
 
 
-def why_stale(bundle: Bundle, record: EngineRecord, report: ParityReport | None, texts_sha256: str) -> str | None:
-    """Return why an engine's verdict does not stand for these texts, or None."""
+@dataclass(frozen=True)
+class Request:
+    """What a verdict is asked for: the hash of the texts, and the policy."""
+
+    texts_sha256: str
+    policy: Policy = Policy()
+
+
+def why_stale(bundle: Bundle, record: EngineRecord, report: ParityReport | None, request: Request) -> str | None:
+    """Return why an engine's verdict does not stand for these texts and this policy, or None."""
     parity, old = record.parity, recorded(report, record)
     if parity is None:
         return "it was never compared"
@@ -69,22 +77,22 @@ def why_stale(bundle: Bundle, record: EngineRecord, report: ParityReport | None,
         return "it failed the last time"
     if old is None or sha256_file(bundle.path(REPORT)) != parity.report_sha256:
         return f"{REPORT} is missing, was changed, or is another version's"
-    if parity.texts_sha256 != texts_sha256:
+    if parity.texts_sha256 != request.texts_sha256:
         return "the texts changed"
-    if old.tolerance not in (None, TOLERANCES.get(record.precision)):
+    if old.tolerance not in (None, request.policy.limits.get(record.precision)):
         return "the limits changed"
+    if parity.policy_sha256 != request.policy.sha256:
+        return "the policy changed"
     now = run_versions(record.backend)
     return difference({name: version for name, version in old.versions.items() if name in now}, now)
 
 
-def standing(
-    bundle: Bundle, record: EngineRecord, report: ParityReport | None, texts_sha256: str
-) -> EngineReport | str:
+def standing(bundle: Bundle, record: EngineRecord, report: ParityReport | None, request: Request) -> EngineReport | str:
     """Return the recorded result of an engine if it stands, else why it does not.
 
     "Not executed" stands only where the engine still cannot be run, and for the same reason.
     """
-    why, old = why_stale(bundle, record, report, texts_sha256), recorded(report, record)
+    why, old = why_stale(bundle, record, report, request), recorded(report, record)
     if why is not None or old is None:
         return why or "it was never compared"
     if old.verdict == "not_executed":

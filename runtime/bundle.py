@@ -7,8 +7,10 @@ A bundle is a folder:
     graphs/<precision>.onnx       inputs `input_ids`, `attention_mask` int64 [batch, sequence], right-padded;
     graphs/<precision>.onnx.data  output `sentence_embedding` float32 [batch, dim], unit length
     graphs/int8-uint8.onnx        the INT8 graph once more, for ONNX Runtime on CPU
+    graphs/<precision>.plan.npz   what each weight of a narrow graph was multiplied with
+    calibration-<hash>.json       digests of the calibration texts, and what was measured on them
     golden.npz                    token ids and PyTorch float32 vectors of the golden texts
-    parity/report.json            the comparison with PyTorch
+    parity/report.json            the comparison with PyTorch; report.html, report.md and junit.xml are made from it
 
 The manifest names every file; one that replaced another has `.1` before its suffix every other time.
 
@@ -146,6 +148,8 @@ class GraphRecord:
     `origin` is None for a graph that f2rt wrote from the checkpoint.
     `inputs` names everything that decided the graph's bytes, each with its hash or value: an export keeps a graph whose
     inputs are still the same.
+    `calibration` is what the calibration texts' digests and activations are kept in, `plan` what each weight was
+    multiplied with; neither takes part in answering.
     """
 
     precision: str
@@ -157,13 +161,19 @@ class GraphRecord:
     quantization: Quantization | None = None
     twin: FileRecord | None = None
     origin: Origin | None = None
-
+    calibration: FileRecord | None = None
+    plan: FileRecord | None = None
     inputs: dict[str, str] = field(default_factory=dict)
 
     @property
     def files(self) -> list[FileRecord]:
-        """Return the records of all its files."""
+        """Return the records of the files that make its vectors."""
         return [self.model, self.data, *([self.twin] if self.twin else [])]
+
+    @property
+    def all_files(self) -> list[FileRecord]:
+        """Return the records of `files` and of those that say how they came about."""
+        return [*self.files, *(f for f in (self.calibration, self.plan) if f is not None)]
 
     @property
     def key(self) -> str:
@@ -359,9 +369,10 @@ class _Version(msgspec.Struct):
 
 
 def bundle_files(manifest: Manifest) -> list[FileRecord]:
-    """Return the records of all files that engines need."""
+    """Return the records of all files but the engines' own."""
     golden = [manifest.golden] if manifest.golden else []
-    return [manifest.tokenizer, *(f for g in manifest.graphs for f in g.files), *golden]
+    of_graphs = {f.file: f for g in manifest.graphs for f in g.all_files}
+    return [manifest.tokenizer, *of_graphs.values(), *golden]
 
 
 def engine_files(bundle: Bundle) -> list[FileRecord]:

@@ -30,7 +30,7 @@ from export.precision import Precision
 from export.profiles import Profile
 from export.prove import prove_bundle
 from export.reference import Reference
-from export.report import EngineReport
+from export.report.data import EngineReport
 from runtime.bundle import Bundle, bundle_files, check_hash, open_bundle
 from runtime.embedder import open_embedder
 from runtime.errors import EngineError, InputError, NotFoundError

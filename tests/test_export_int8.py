@@ -28,7 +28,7 @@ from export.int8 import groups, round_rows, row_scales, search
 from export.pipeline import export_bundle
 from export.precision import Precision
 from export.quantize import fold
-from export.report import describe_graph
+from export.report.terminal import describe_graph
 from export.sensitivity import exclusions
 from export.weights import to_float32
 from runtime.bundle import Bundle, open_bundle

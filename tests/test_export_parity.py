@@ -17,7 +17,7 @@ from export.cli import app
 from export.parity import check_bundle, compare
 from export.prove import prove_bundle
 from export.reference import Reference
-from export.report import ParityReport
+from export.report.data import ParityReport
 from export.samples import GOLDEN_TEXTS
 from runtime.bundle import Bundle, engine_fingerprint, open_bundle, record_file, write_manifest
 from runtime.errors import BundleError, CheckpointError, NotFoundError, UnverifiedError

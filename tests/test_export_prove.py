@@ -11,7 +11,7 @@ import dataclasses, sys
 from pathlib import Path
 import msgspec, numpy as np
 from export.prove import record
-from export.report import ParityReport
+from export.report.data import ParityReport
 from runtime import golden
 from runtime.bundle import bundle_files, check_hash, open_bundle
 from tests.killing import at_every_change

@@ -25,7 +25,7 @@ from export.precision import Precision
 from export.prove import prove_bundle
 from export.recorded import CHUNK_VECTORS, RecordedReference
 from export.reference import Reference
-from export.report import EngineReport, ParityReport, to_json
+from export.report.data import EngineReport, ParityReport, to_json
 from runtime.bundle import Bundle, EngineRecord, engine_fingerprint, open_bundle, write_manifest
 from runtime.errors import BundleError
 from runtime.files import sha256_file

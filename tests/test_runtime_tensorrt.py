@@ -23,7 +23,7 @@ from rich.console import Console
 from calibration.texts import verification_texts
 from export.parity import check_bundle
 from export.reference import Reference
-from export.report import print_report
+from export.report.terminal import print_report
 from runtime import golden
 from runtime.batch import Batch, make_batch
 from runtime.bundle import Bundle, EngineRecord, engine_fingerprint, open_bundle, write_manifest

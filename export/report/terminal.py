@@ -1,132 +1,16 @@
-"""What a comparison with PyTorch found, as data, as JSON and as a table. Knows no engine and computes no cosine."""
+"""The report on a terminal: coverage, then verdict, checks, limits and worst texts of every engine."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
-import msgspec
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text as Line
 
-from runtime.bundle import GraphRecord, Source, Verdict
-from runtime.tolerances import Tolerance
+from export.report.data import EngineReport, ParityReport
+from runtime.bundle import GraphRecord, Verdict
 
-REPORT_SCHEMA_VERSION = 2
 _COLOURS = {"pass": "green", "fail": "red", "not_executed": "yellow"}
-
-
-@dataclass(frozen=True)
-class WorstText:
-    """One of the texts an engine did worst on."""
-
-    id: str
-    language: str
-    kind: str
-    tokens: int
-    cosine: float
-    excerpt: str
-
-
-@dataclass(frozen=True)
-class Check:
-    """One way of running the texts, row by row against the reference.
-
-    `cosine_p01` is the first percentile. `vs_single_min_cosine` compares with the same engine's own vectors for single
-    texts, where that makes sense. `problems` holds one sentence per limit that was broken.
-    """
-
-    name: str
-    rows: int
-    cosine_min: float
-    cosine_p01: float
-    cosine_mean: float
-    max_abs_diff: float
-    norm_error_max: float
-    non_finite: int
-    verdict: Verdict
-    problems: list[str]
-    vs_single_min_cosine: float | None = None
-
-
-@dataclass(frozen=True)
-class TokenMismatch:
-    """A text for which the runtime's tokenizer and transformers' give different ids."""
-
-    id: str
-    position: int
-    found_tokens: int
-    expected_tokens: int
-    explanation: str
-
-
-@dataclass(frozen=True)
-class EngineReport:
-    """All checks of one engine. `diagnosis` names the likely cause of a failure.
-
-    `checked_at`, `texts`, `texts_sha256` and `versions` say when, on what and with what it was compared. `kept` says
-    why an earlier result was taken over; it is empty for one of this run.
-    `omitted` counts the texts that are longer than the engine was built for: it refuses them.
-    """
-
-    engine: str
-    precision: str
-    fingerprint: str
-    verdict: Verdict
-    tolerance: Tolerance | None
-    checks: list[Check] = field(default_factory=list)
-    worst: list[WorstText] = field(default_factory=list)
-    diagnosis: list[str] = field(default_factory=list)
-    reason: str = ""
-    omitted: int = 0
-    checked_at: str = ""
-    texts: int = 0
-    texts_sha256: str = ""
-    versions: dict[str, str] = field(default_factory=dict)
-    kept: str = ""
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """What the texts cover. Token counts include prompt and EOS."""
-
-    texts: int
-    texts_sha256: str
-    languages: int
-    scripts: int
-    programming_languages: int
-    by_kind: dict[str, int]
-    tokens_total: int
-    tokens_longest: int
-    max_tokens: int
-    truncated: int
-    prompts_missing: list[str]
-
-
-@dataclass(frozen=True)
-class ParityReport:
-    """The content of report.json. `verdict` is that of the engines asked for in the last run, `engines` holds all.
-
-    `graphs` says how each graph was made: what was rescaled, smoothed and left out, and why.
-    """
-
-    schema_version: int
-    verdict: Verdict
-    created_at: str
-    bundle_fingerprint: str
-    source: Source
-    graphs: list[GraphRecord]
-    coverage: Coverage
-    tokenizer_mismatches: list[TokenMismatch]
-    engines: list[EngineReport]
-    versions: dict[str, str]
-    duration_s: float
-
-
-def to_json(report: ParityReport) -> bytes:
-    """Return report.json's bytes: UTF-8, indented, one trailing newline."""
-    return msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n"
 
 
 def print_report(report: ParityReport, console: Console) -> None:
