@@ -144,6 +144,12 @@ def write(layout: DataLayout, weights: Weights, path: Path, progress: Callable[[
     return digest.hexdigest()
 
 
+def read_entry(entry: Entry, weights: Weights) -> NDArray[np.generic]:
+    """Return one tensor as `write` would write it, in memory. Raises CheckpointError for one that cannot be used."""
+    chunks = [chunk.reshape(-1).copy() for chunk in _chunks(entry, weights)]
+    return np.concatenate(chunks).reshape(entry.shape)
+
+
 def _finish(oldest: tuple[int, Future[int], Future[None]], progress: Callable[[int], None]) -> None:
     count, written, hashed = oldest
     written.result()

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from calibration.texts import Text
 from export import tasks
+from export.activations import activations
 from export.diagnosis import diagnose
 from export.gate import thresholds
 from export.overlap import calibration_overlap
@@ -31,6 +32,7 @@ from export.report.data import (
 )
 from export.runs import OpenWithThreads, Runs
 from export.samples import Progress, Sample, Vectors, compare_tokenizers, coverage_of, golden_of, make_samples
+from export.stages import follow
 from runtime.bundle import Bundle, EngineRecord, Verdict, timestamp
 from runtime.errors import EngineError, F2rtError, InputError, MissingExtraError, NotExecutableError, OutOfMemoryError
 from runtime.golden import Golden, row_cosines
@@ -65,6 +67,7 @@ def check_bundle(
     mismatches = compare_tokenizers(bundle, samples)
     comparison = _Comparison(bundle, reference, samples, mismatches, policy, settings, progress)
     engines = [comparison.engine(record) for record in records]
+    golden = golden_of(samples)
     report = ParityReport(
         schema_version=REPORT_SCHEMA_VERSION,
         verdict=overall(engines, mismatches),
@@ -78,8 +81,10 @@ def check_bundle(
         versions=versions(["numpy", "onnxruntime", "tokenizers"]) | reference.versions,
         duration_s=round(time.perf_counter() - start, 3),
         policy=policy_record(policy),
+        stages=follow(bundle, reference, golden, policy, progress),
+        activations=activations(bundle),
     )
-    return report, golden_of(samples)
+    return report, golden
 
 
 def overall(engines: Sequence[EngineReport], mismatches: Sequence[TokenMismatch]) -> Verdict:

@@ -254,9 +254,9 @@ def _session(graph: Path, starts: list[str], names: list[str], end: str) -> onnx
     return open_part(graph, part)
 
 
-def layer_part(graph: Path, starts: list[str], ends: list[str]) -> ir.Graph:
+def layer_part(graph: Path | ir.Model, starts: list[str], ends: list[str]) -> ir.Graph:
     """Cut the part of the graph out that leads from the values `starts` and the graph's inputs to the nodes `ends`."""
-    model = ir.load(graph)
+    model = ir.load(graph) if isinstance(graph, Path) else graph
     inputs = [*starts, "input_ids", "attention_mask"]
     tensors = list(dict.fromkeys(f"{name}.out" for name in ends))
     part = ir.convenience.extract(model.graph, _needed(model.graph, inputs, tensors), tensors)

@@ -30,10 +30,11 @@ _SUFFIX = ".vectors"
 
 
 class _Chunk(msgspec.Struct):
-    """Token ids by the hash of limit and text; float32 little-endian vectors by the hash of the ids."""
+    """Token ids by the hash of limit and text; float32 little-endian vectors and layer states by that of the ids."""
 
     ids: dict[str, list[int]] = {}
     vectors: dict[str, bytes] = {}
+    states: dict[str, tuple[int, bytes]] = {}
 
 
 class RecordedReference:
@@ -82,7 +83,7 @@ class RecordedReference:
 
     def embed(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Return PyTorch's vector of one text, float32 [dim]. Raises OutputError when it cannot be recorded."""
-        key = hashlib.sha256(np.array(ids, "<i8").tobytes()).hexdigest()
+        key = _key(ids)
         if key not in self._known.vectors:
             vector = self.model.embed(ids)
             self.computed += 1
@@ -92,13 +93,22 @@ class RecordedReference:
                 self._record()
         return np.frombuffer(self._known.vectors[key], "<f4").astype(np.float32)
 
+    def layer_states(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Return the last token's states, float32 [layers + 1, dim]."""
+        key = _key(ids)
+        if key not in self._known.states:
+            states = self.model.layer_states(ids)
+            self._known.states[key] = self._new.states[key] = len(states), states.astype("<f4").tobytes()
+        rows, data = self._known.states[key]
+        return np.frombuffer(data, "<f4").astype(np.float32).reshape(rows, -1)
+
     def hidden(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Return the final-norm hidden states of one text, float32 [tokens, dim]; these are not recorded."""
         return self.model.hidden(ids)
 
     def _record(self) -> None:
         """Write what is new under the hash of its own bytes."""
-        if self._new.ids or self._new.vectors:
+        if self._new.ids or self._new.vectors or self._new.states:
             data = msgspec.msgpack.encode(self._new)
             with explain_cache_errors():
                 write_atomic(self._folder / f"{hashlib.sha256(data).hexdigest()}{_SUFFIX}", data)
@@ -113,3 +123,8 @@ class RecordedReference:
         chunk = msgspec.msgpack.decode(data, type=_Chunk)
         self._known.ids |= chunk.ids
         self._known.vectors |= chunk.vectors
+        self._known.states |= chunk.states
+
+
+def _key(ids: Sequence[int]) -> str:
+    return hashlib.sha256(np.array(ids, "<i8").tobytes()).hexdigest()

@@ -39,6 +39,10 @@ class ReferenceVectors(Protocol):
         """Return the vector of one text, float32 [dim]."""
         ...
 
+    def layer_states(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Return the last token's states, float32 [layers + 1, dim]."""
+        ...
+
 
 def reference_versions() -> dict[str, str]:
     """Return the versions of what computes the reference, without importing it. Raises MissingExtraError."""
@@ -102,6 +106,16 @@ class Reference:
     def embed(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Return the vector of one text, float32 [dim]: the last token's hidden state divided by its length."""
         return unit(self.hidden(ids)[-1])
+
+    def layer_states(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Return the last token's state after the embedding and each layer, float32 [layers + 1, dim].
+
+        The last one is the final norm's output: transformers does not give the last layer's own.
+        """
+        with self._torch.inference_mode():
+            output = self._model(input_ids=self._torch.tensor([list(ids)]), output_hidden_states=True)
+        states: NDArray[np.float32] = self._torch.stack([state[0, -1] for state in output.hidden_states]).numpy()
+        return states
 
 
 def unit(vector: NDArray[np.float32]) -> NDArray[np.float32]:
