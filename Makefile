@@ -89,10 +89,11 @@ endef
 
 clients: $(CLIENTS_STAMP)  ## the environment of the stock clients that tests use (.venv-clients)
 
-$(CLIENTS_STAMP): tests/clients.txt
+$(CLIENTS_STAMP): tests/clients.txt tests/clients/chromium.sh
 	@test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
 	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/clients.txt
 	@$(PROMTOOL)
+	@sh tests/clients/chromium.sh $(CLIENTS)
 	@touch $@
 
 bench: setup  ## the measurements in bench/ (minutes)
