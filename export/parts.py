@@ -7,19 +7,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.families import family_of
-from calibration.texts import Text
 from export.report.data import Part, Spread
-from export.samples import Sample
+from export.samples import Sample, family
 
-CODE_FAMILY = "Programming languages"
 _LENGTHS = (16, 64, 256, 1024, 4096)
 _LOW, _HIGH, _STEP = -16.0, 0.5, 0.25
-
-
-def family(text: Text) -> str:
-    """Return the group that a text's language belongs to; names of programming languages can be language codes too."""
-    return CODE_FAMILY if text.kind == "code" else family_of(text.language)
 
 
 def length_bucket(tokens: int) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from calibration.families import family_of
 from calibration.texts import Text, texts_sha256
 from export.reference import ReferenceVectors
 from export.report.data import Coverage, TokenMismatch
@@ -18,6 +19,7 @@ from runtime.errors import BundleError
 from runtime.golden import Golden
 from runtime.tokenizer import Instruction, TextTokenizer
 
+CODE_FAMILY = "Programming languages"
 GOLDEN_TEXTS = 16
 GOLDEN_TEXT_TOKENS = 64
 
@@ -111,4 +113,18 @@ def coverage_of(samples: Sequence[Sample], contract: Contract, missing_prompts: 
         max_tokens=contract.max_tokens,
         truncated=sum(n == contract.max_tokens for n in lengths),
         prompts_missing=missing_prompts,
+        by_script=_counted(t.script for t in texts),
+        by_family=_counted(family(t) for t in texts),
+        empty=sum(not t.text.strip() for t in texts),
+        duplicates=len(texts) - len({(t.prompt, t.text) for t in texts}),
     )
+
+
+def family(text: Text) -> str:
+    """Return the group that a text's language belongs to; names of programming languages can be language codes too."""
+    return CODE_FAMILY if text.kind == "code" else family_of(text.language)
+
+
+def _counted(names: Iterable[str]) -> dict[str, int]:
+    """Count, the largest first."""
+    return dict(sorted(Counter(names).items(), key=lambda item: (-item[1], item[0])))

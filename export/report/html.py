@@ -1,0 +1,108 @@
+"""report.html: one self-contained page, no script and no network, readable on a phone, dark and light."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jinja2
+
+from export.gate import loss_points
+from export.report import charts
+from export.report.data import ParityReport, Threshold
+from export.report.terminal import describe_graph
+
+VERDICTS = {"pass": "PASS", "fail": "FAIL", "not_executed": "NOT EXECUTED"}
+_LENGTH_ORDER = ("1-16", "17-64", "65-256", "257-1024", "1025-4096", "over 4096")
+_KIND_ORDER = ("query", "document", "long", "code", "edge")
+INVARIANCE = ("batch", "permuted", "padded", "repeat", "one thread")
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A picture with its title and what it shows, in a sentence."""
+
+    title: str
+    caption: str
+    svg: str
+
+
+def to_html(report: ParityReport) -> str:
+    """Return the page. Everything in it comes from the report alone."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("export.report", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {"distance": distance, "number": number, "loss": loss_points, "stamp": VERDICTS.__getitem__}
+    return environment.get_template("report.html.j2").render(
+        report=report,
+        executed=charts.drawn_engines(report),
+        charts=_charts(report),
+        colours={e.engine: charts.colour_of(i) for i, e in enumerate(charts.drawn_engines(report))},
+        graphs=[(g, describe_graph(g)) for g in report.graphs],
+        invariance=INVARIANCE,
+        value_of=value_of,
+        headline=headline,
+    )
+
+
+def headline(report: ParityReport) -> str:
+    """Say what the verdict means, in one sentence."""
+    passed = [e.engine for e in report.engines if e.verdict == "pass"]
+    failed = [e.engine for e in report.engines if e.verdict == "fail"]
+    idle = len(report.engines) - len(passed) - len(failed)
+    parts = [
+        f"{_engines(len(passed))} within every limit" if passed else "",
+        f"{_engines(len(failed))} outside the limits: {', '.join(failed)}" if failed else "",
+        f"{_engines(idle)} not executed on this machine, so not proven" if idle else "",
+    ]
+    return "; ".join(p for p in parts if p) + "."
+
+
+def _engines(count: int) -> str:
+    return f"{count} engine" if count == 1 else f"{count} engines"
+
+
+def _charts(report: ParityReport) -> list[Chart]:
+    engines = charts.drawn_engines(report)
+    drawn = [
+        Chart("Distance from PyTorch", "1 - cosine of every text, run singly.", charts.spreads(engines)),
+        Chart("By layer", "Where the error enters, on the golden texts.", charts.layers(report.stages)),
+        Chart("By dimension", "The vector cut to each trained dimension.", charts.by_dimension(engines)),
+        Chart("By length", "Texts by tokens.", charts.by_part(engines, "length", _LENGTH_ORDER)),
+        Chart("By kind", "Queries, documents, code, edge cases.", charts.by_part(engines, "kind", _KIND_ORDER)),
+        Chart("By language family", "The largest groups, texts in brackets.", charts.by_part(engines, "family")),
+        Chart("By script", "The largest groups, texts in brackets.", charts.by_part(engines, "script")),
+        Chart(
+            "Activations",
+            "Largest magnitude of every tensor on calibration text, down to that of its median channel.",
+            charts.ranges(report.activations),
+        ),
+        Chart("Latency against precision", "An indication, taken while comparing.", charts.latencies(engines)),
+    ]
+    drawn = [c for c in drawn if c.svg]
+    svgs = charts.unique_ids(c.svg for c in drawn)
+    return [Chart(c.title, c.caption, svg) for c, svg in zip(drawn, svgs, strict=True)]
+
+
+def distance(cosine: float) -> str:
+    """Return 1 - cosine: near 1 a cosine's own digits say nothing."""
+    return f"{max(1 - cosine, 0.0):.1e}"
+
+
+def number(value: float) -> str:
+    """Return a number as people read it."""
+    if value == 0 or (abs(value) >= 1 and value == round(value)):
+        return f"{value:.0f}"
+    return f"{value:.1e}" if abs(value) < 1e-3 else f"{value:.6g}"
+
+
+def value_of(threshold: Threshold) -> str:
+    """Return what was found for a threshold; a cosine near 1 as its distance from 1."""
+    if threshold.value is None:
+        return "unknown"
+    if "cosine" in threshold.name and threshold.value > 0.99999:
+        return f"1 - {1 - threshold.value:.1e}"
+    return number(threshold.value)
