@@ -29,6 +29,7 @@ from export.encoder import build_encoder
 from export.external_data import DATA_FORMAT, DataLayout
 from export.precision import Precision
 from export.quantize import RULES as INT8_RULES
+from export.report.files import DERIVED_FILES
 from export.rescale import RULES
 from export.weights import INDEX
 from runtime.bundle import (
@@ -237,7 +238,8 @@ def outliving_files(new: Manifest, old: Bundle) -> list[str]:
     files = [e.file for e in new.engines if e.file not in graph_files]
     files += [new.golden.file] if new.golden else []
     report = any(e.parity for e in new.engines) and old.path(REPORT).is_file()
-    return [*files, REPORT] if report else files
+    forms = [file for file in DERIVED_FILES if old.path(file).is_file()]
+    return [*files, REPORT, *forms] if report else files
 
 
 def spare_name(file: str, taken: Iterable[str]) -> str:

@@ -6,37 +6,20 @@ only the runtime is installed.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from export.lock import WAIT_S, Wait
+from export.options import WaitOption, export_extra
+from export.parity_cli import parity_command
 from runtime import console
 from runtime.cli import app
-from runtime.errors import missing_extra
 
 BundleOption = Annotated[
     Path, typer.Option("--out", help="The bundle's folder; what is in a bundle there and still holds is kept.")
 ]
-
-WaitOption = Annotated[
-    float,
-    typer.Option(
-        "--wait", min=0, envvar="F2RT_WAIT", help="Seconds to wait for another f2rt that is changing this bundle."
-    ),
-]
-
-
-@contextlib.contextmanager
-def _export_extra() -> Iterator[None]:
-    """Say which extra is missing when a library of this package is not installed."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise missing_extra(str(error.name), "export") from error
 
 
 @app.command("export")
@@ -67,7 +50,7 @@ def export_command(
 
     What has not changed since the last export is kept, with its engines and verdicts.
     """
-    with console.readable_errors(), _export_extra():
+    with console.readable_errors(), export_extra():
         from calibration.texts import check_disjoint, read_texts, verification_texts
         from export import foreign
         from export.checkpoint import Checkpoint
@@ -135,7 +118,7 @@ def build_command(
     wait: WaitOption = WAIT_S,
 ) -> None:
     """Compile engines from a bundle's graphs, or record them where nothing is compiled. Without a GPU, name targets."""
-    with console.readable_errors(), _export_extra():
+    with console.readable_errors(), export_extra():
         from export.build import add_engine
         from export.precision import parse_precisions
         from export.profiles import parse_profiles
@@ -152,47 +135,6 @@ def build_command(
                 screen.print(f"{verb} {bundle / done.record.file}: {done.reason}", markup=False)
 
 
-@app.command("parity")
-def parity_command(
-    bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
-    engine: Annotated[list[str] | None, typer.Option(help="Only this engine; may be repeated.")] = None,
-    texts: Annotated[Path | None, typer.Option(help="Your own texts, compared besides the shipped ones.")] = None,
-    model: Annotated[str | None, typer.Option(help="Where the checkpoint lies, if it was moved.")] = None,
-    report_dir: Annotated[Path | None, typer.Option(help="Also write report.json here.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Compare again what has a verdict that still stands.")] = False,
-    wait: WaitOption = WAIT_S,
-) -> None:
-    """Compare every engine of a bundle with PyTorch. Exit status: 0 pass, 1 below a limit, 2 could not check.
-
-    The verdict of an engine stands while engine, texts, limits and versions are the same.
-    """
-    with console.readable_errors(), _export_extra():
-        from calibration.texts import read_texts, verification_texts
-        from export.prove import prove_bundle
-        from export.report.terminal import print_report
-
-        samples = verification_texts() + (read_texts(texts) if texts else [])
-        lines: list[str] = []
-        with console.bars() as bars:
-            report = prove_bundle(
-                bundle,
-                samples,
-                engine_names=engine or None,
-                model=model,
-                report_dir=report_dir,
-                force=force,
-                progress=bars.update,
-                tell=lines.append,
-                wait=Wait(wait, bars.say),
-            )
-        screen = console.out()
-        for line in lines:
-            screen.print(line, markup=False, soft_wrap=True)
-        print_report(report, screen)
-        screen.print(f"report: {bundle / 'parity' / 'report.json'}")
-    raise typer.Exit({"pass": 0, "fail": 1, "not_executed": 2}[report.verdict])
-
-
 @app.command("synth")
 def synth_command(
     size: Annotated[str, typer.Argument(help="80M, 160M, 330M, 0.6B, 1.7B, 4B, 8B or 14B.")],
@@ -202,12 +144,15 @@ def synth_command(
     ] = None,
 ) -> None:
     """Write a checkpoint of a family member's true shape with random weights, for benchmarks and scale tests."""
-    with console.readable_errors(), _export_extra():
+    with console.readable_errors(), export_extra():
         from export.synth import write_checkpoint
 
         with console.bars() as bars:
             write_checkpoint(size, out, tokenizer_from=tokenizer, progress=bars.update)
         console.out().print(f"wrote {out}")
+
+
+app.command("parity")(parity_command)
 
 
 def main() -> None:

@@ -52,10 +52,12 @@ def check_bundle(
     progress: Progress = lambda label, done, total: None,
     settings: EngineSettings = EngineSettings(),
     policy: Policy = Policy(),
+    with_stages: bool = True,
 ) -> tuple[ParityReport, Golden]:
     """Compare the engines named, or all, with the reference on `texts`, and judge them by `policy`.
 
-    Returns the report and the golden vectors for the bundle. Raises NotFoundError for an unknown engine name and
+    Returns the report and the golden vectors for the bundle. `with_stages` follows the error through the graphs as
+    well. Raises NotFoundError for an unknown engine name and
     InputError for no texts.
     """
     if not texts:
@@ -81,7 +83,7 @@ def check_bundle(
         versions=versions(["numpy", "onnxruntime", "tokenizers"]) | reference.versions,
         duration_s=round(time.perf_counter() - start, 3),
         policy=policy_record(policy),
-        stages=follow(bundle, reference, golden, policy, progress),
+        stages=follow(bundle, reference, golden, policy, progress) if with_stages else [],
         activations=activations(bundle),
     )
     return report, golden

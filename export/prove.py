@@ -21,6 +21,7 @@ from export.lock import Wait, bundle_lock
 from export.parity import check_bundle, overall
 from export.recorded import RecordedReference
 from export.report.data import EngineReport, ParityReport, policy_record, to_json
+from export.report.files import DERIVED_FILES, write_all, write_derived
 from export.samples import Progress
 from export.verdicts import Request, read_report, recorded, require_intact, run_versions, standing, unexecutable
 from runtime import golden
@@ -72,7 +73,30 @@ def prove_bundle(
     with bundle_lock(folder, "f2rt parity", wait), explain_memory_errors(f"compare {folder} with PyTorch", cure):
         report = _prove(open_bundle(folder), texts, engine_names, model, force, progress, tell, policy)
     if report_dir is not None:
-        write_atomic(report_dir / Path(REPORT).name, to_json(report))
+        write_all(report, report_dir)
+    return report
+
+
+def look_again(
+    folder: Path,
+    texts: Sequence[Text],
+    *,
+    engine_names: Sequence[str] | None = None,
+    model: str | None = None,
+    report_dir: Path | None = None,
+    progress: Progress = lambda label, done, total: None,
+    policy: Policy = Policy(),
+) -> ParityReport:
+    """Compare engines on a few texts without recording anything in the bundle. Raises as `prove_bundle` does."""
+    bundle = open_bundle(folder)
+    records = bundle.manifest.engines if engine_names is None else [bundle.engine(n) for n in engine_names]
+    require_intact(bundle, records)
+    with RecordedReference(source_location(bundle, model), bundle.manifest.source) as reference:
+        report, _ = check_bundle(
+            bundle, reference, texts, engine_names=engine_names, progress=progress, policy=policy, with_stages=False
+        )
+    if report_dir is not None:
+        write_all(report, report_dir)
     return report
 
 
@@ -107,6 +131,8 @@ def _prove(
     report = _merged(bundle, replace(report, duration_s=round(time.perf_counter() - start, 3)), old, found, len(texts))
     if vectors is not None or any(not e.kept for e in found.values()):
         record(bundle, report, vectors)
+    elif any(not bundle.path(file).is_file() for file in DERIVED_FILES):
+        write_derived(report, bundle.path(REPORT).parent)
     return report
 
 
@@ -200,6 +226,7 @@ def record(bundle: Bundle, report: ParityReport, vectors: golden.Golden | None) 
         write_atomic(bundle.path(file), data)
         golden_record = record_file(bundle.folder, file, sha256=sha256)
     report_data = to_json(report)
+    write_derived(report, bundle.path(REPORT).parent)
     write_atomic(bundle.path(REPORT), report_data)
     report_sha256 = hashlib.sha256(report_data).hexdigest()
     verdicts = {e.fingerprint: _verdict(e, report_sha256) for e in report.engines}

@@ -17,6 +17,8 @@ from runtime.policy import Policy
 from runtime.tolerances import Tolerance
 
 REPORT_SCHEMA_VERSION = 3
+# What is made from report.json and lies beside it.
+DERIVED = ("report.html", "report.md", "junit.xml")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from rich.text import Text as Line
 from export.report.data import EngineReport, ParityReport
 from runtime.bundle import GraphRecord, Verdict
 
+_SHOWN_WORST = 5
 _COLOURS = {"pass": "green", "fail": "red", "not_executed": "yellow"}
 
 
@@ -32,7 +33,11 @@ def print_report(report: ParityReport, console: Console) -> None:
             console.print(line, markup=False, highlight=False)
     for engine in report.engines:
         console.print(_engine(engine))
-    console.print(_stamp(report.verdict), f"in {report.duration_s:.1f} s")
+    if report.stages:
+        console.print(Line("from PyTorch to each graph", style="bold"))
+        console.print(_stages(report))
+    policy = f"policy {report.policy.name} {report.policy.sha256[:12]}"
+    console.print(_stamp(report.verdict), f"in {report.duration_s:.1f} s, {policy}")
 
 
 def describe_graph(graph: GraphRecord) -> list[str]:
@@ -94,10 +99,40 @@ def _engine(report: EngineReport) -> RenderableType:
         f"max |diff| {limits.max_abs_diff}, norm error {limits.norm_error}",
         style="dim",
     )
+    for t in report.thresholds:
+        if t.verdict == "fail":
+            found = "unknown" if t.value is None else f"{t.value:.7g}"
+            problems.append(Line(f"{t.name} is {found}, allowed {t.sense} {t.limit:g} ({t.where})", style="red"))
     worst = Line("worst texts", style="bold")
     if report.omitted:
         problems.append(Line(f"{report.omitted} texts are longer than the engine takes and were left out"))
-    return Group(title, Line(), table, limit, *problems, *causes, Line(), worst, _worst(report))
+    return Group(title, Line(), table, limit, *_tasks(report), *problems, *causes, Line(), worst, _worst(report))
+
+
+def _tasks(report: EngineReport) -> list[Line]:
+    tasks = report.tasks
+    if tasks is None:
+        return []
+    lines = [
+        f"neighbours shared: top-10 {tasks.top10_overlap:.4f}, top-100 {tasks.top100_overlap:.4f}; "
+        f"Spearman {tasks.spearman:.6f}"
+    ]
+    lines += [
+        f"{r.name}: nDCG@10 {r.ndcg10:.4f} (PyTorch {r.reference_ndcg10:.4f}), "
+        f"R@1 {r.recall1:.4f} (PyTorch {r.reference_recall1:.4f})"
+        for r in tasks.retrieval
+    ]
+    return [Line(line) for line in lines]
+
+
+def _stages(report: ParityReport) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+    for column in ("stage", "", "1 - min", "where the error enters"):
+        table.add_column(column, justify="right" if column == "1 - min" else "left")
+    for stage in report.stages:
+        distance = "" if stage.cosine_min is None else f"{1 - stage.cosine_min:.1e}"
+        table.add_row(stage.name, _stamp(stage.verdict), distance, Line(stage.guilty or stage.reason))
+    return table
 
 
 def _numbers(report: EngineReport) -> str:
@@ -115,6 +150,6 @@ def _worst(report: EngineReport) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
     for column in ("1 - cosine", "tokens", "language", "id", "text"):
         table.add_column(column, justify="right" if column in ("1 - cosine", "tokens") else "left", no_wrap=True)
-    for text in report.worst:
+    for text in report.worst[:_SHOWN_WORST]:
         table.add_row(f"{1 - text.cosine:.1e}", str(text.tokens), text.language, Line(text.id), Line(text.excerpt))
     return table
