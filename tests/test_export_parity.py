@@ -14,10 +14,11 @@ from typer.testing import CliRunner
 
 from calibration.texts import Text, read_texts, verification_texts
 from export.cli import app
-from export.parity import check_bundle, compare
+from export.parity import check_bundle
 from export.prove import prove_bundle
 from export.reference import Reference
 from export.report.data import ParityReport
+from export.runs import compare
 from export.samples import GOLDEN_TEXTS
 from runtime.bundle import Bundle, engine_fingerprint, open_bundle, record_file, write_manifest
 from runtime.errors import BundleError, CheckpointError, NotFoundError, UnverifiedError
