@@ -37,7 +37,11 @@ def graph_states(graph: Path, layers: int, sequences: Sequence[Sequence[int]]) -
 
     Raises EngineError when ONNX Runtime cannot run it, OutOfMemoryError.
     """
-    return _states(ir.load(graph), graph, layers, sequences, lambda part: None)
+    try:
+        model = ir.load(graph)
+    except Exception as error:  # protobuf's errors share no base class with anything
+        raise EngineError(f"{graph} cannot be read: {first_line(error)}", cure="Export it again.") from error
+    return _states(model, graph, layers, sequences, lambda part: None)
 
 
 def shifted_states(

@@ -59,9 +59,10 @@ def parity_command(
         from calibration.texts import verification_texts
         from export.own_texts import read_own_texts
         from export.prove import look_again, prove_bundle
+        from export.report.files import DERIVED_FILES, write_derived
 
-        samples = verification_texts()
-        samples += read_own_texts(texts, samples) if texts else []
+        shipped = verification_texts()
+        samples = [*shipped, *(read_own_texts(texts, shipped) if texts else [])]
         lines: list[str] = []
         recorded = not quick and not only
         with console.bars() as bars:
@@ -88,6 +89,8 @@ def parity_command(
                     progress=bars.update,
                     policy=limits,
                 )
+        if recorded and any(not (bundle / file).is_file() for file in DERIVED_FILES):
+            write_derived(report, bundle / "parity")
         _print(bundle, report, lines, recorded=recorded, report_dir=report_dir)
     raise typer.Exit(_ANSWER[report.verdict])
 

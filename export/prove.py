@@ -21,7 +21,7 @@ from export.lock import Wait, bundle_lock
 from export.parity import check_bundle, overall
 from export.recorded import RecordedReference
 from export.report.data import EngineReport, ParityReport, policy_record, to_json
-from export.report.files import DERIVED_FILES, write_all, write_derived
+from export.report.files import DERIVED_FILES, write_all
 from export.samples import Progress
 from export.verdicts import Request, read_report, recorded, require_intact, run_versions, standing, unexecutable
 from runtime import golden
@@ -131,8 +131,6 @@ def _prove(
     report = _merged(bundle, replace(report, duration_s=round(time.perf_counter() - start, 3)), old, found, len(texts))
     if vectors is not None or any(not e.kept for e in found.values()):
         record(bundle, report, vectors)
-    elif any(not bundle.path(file).is_file() for file in DERIVED_FILES):
-        write_derived(report, bundle.path(REPORT).parent)
     return report
 
 
@@ -226,7 +224,8 @@ def record(bundle: Bundle, report: ParityReport, vectors: golden.Golden | None) 
         write_atomic(bundle.path(file), data)
         golden_record = record_file(bundle.folder, file, sha256=sha256)
     report_data = to_json(report)
-    write_derived(report, bundle.path(REPORT).parent)
+    for file in DERIVED_FILES:  # they are of the old report: whoever shows the new one makes them again
+        bundle.path(file).unlink(missing_ok=True)
     write_atomic(bundle.path(REPORT), report_data)
     report_sha256 = hashlib.sha256(report_data).hexdigest()
     verdicts = {e.fingerprint: _verdict(e, report_sha256) for e in report.engines}

@@ -87,7 +87,7 @@ def test_sound_bundle_passes_every_check(bundle: Bundle, reference: Reference, t
     (engine,) = report.engines
     assert report.verdict == engine.verdict == "pass"
     assert [c.name for c in engine.checks] == [
-        *("single", "batch", "permuted", "equal length", "padded"),
+        *("single", "batch", "permuted", "equal length", "padded", "repeat", "one thread"),
         *("dim 8", "dim 16", "dim 32", "dim 64", "dim 128"),
     ]
     for check in engine.checks:
@@ -95,7 +95,9 @@ def test_sound_bundle_passes_every_check(bundle: Bundle, reference: Reference, t
         assert check.cosine_min >= tolerance("fp32").min_cosine
         assert check.cosine_min <= check.cosine_p01 <= check.cosine_mean + 1e-12
         assert check.non_finite == 0
-    assert {c.name for c in engine.checks if c.vs_single_min_cosine is not None} == {"batch", "permuted", "padded"}
+    assert {c.name for c in engine.checks if c.vs_single_min_cosine is not None} == {
+        *("batch", "permuted", "padded", "repeat", "one thread")
+    }
 
 
 def test_pooling_index_off_by_one(bundle_copy: Bundle, reference: Reference, texts: list[Text]) -> None:

@@ -6,13 +6,16 @@ Drawn by matplotlib without its global state. Every chart returns "" where there
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis, XAxis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from export.report.data import Activation, EngineReport, ParityReport, Stage
 
@@ -36,6 +39,7 @@ _STYLE: dict[Any, Any] = {
     "xtick.color": _INK,
     "ytick.color": _INK,
 }
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _WIDTH = 4.6
 _FLOAT16_MAX = 65504.0
 # A cosine that is 1 to the last bit has no logarithm.
@@ -60,7 +64,7 @@ def spreads(engines: Sequence[EngineReport]) -> str:
         edges = [10 ** (s.low + s.step * i) for i in range(len(s.counts) + 1)]
         axes.stairs(s.counts, edges, color=_colour(index), label=engine.engine, linewidth=1.6)
         axes.stairs(s.counts, edges, color=_colour(index), fill=True, alpha=0.15)
-    axes.set_xscale("log")
+    _log(axes.xaxis)
     filled = [p for _, e in drawn if e.spread for p, count in enumerate(e.spread.counts) if count]
     spread = drawn[0][1].spread
     assert spread is not None
@@ -109,7 +113,7 @@ def layers(stages: Sequence[Stage]) -> str:
     for index, stage in enumerate(drawn):
         values = [e.rms if 0 < e.rms < float("inf") else float("nan") for e in stage.layers]
         axes.plot(values, color=_colour(index), label=stage.name, marker="o", markersize=3, linewidth=1.4)
-    axes.set_yscale("log")
+    _log(axes.yaxis)
     names = [e.layer.removeprefix("layer ").replace("embedding", "emb") for e in drawn[0].layers]
     step = -(-len(names) // 12)
     axes.set_xticks(range(0, len(names), step), [n.split()[0] for n in names[::step]])
@@ -140,7 +144,7 @@ def ranges(activations: Sequence[Activation]) -> str:
         axes.plot(places, [max(a.absmax, 1e-6) for _, a in chosen], "o", markersize=3, color=_colour(index), label=kind)
     axes.axhline(_FLOAT16_MAX, color=_INK, linewidth=0.8, linestyle="--")
     axes.annotate("float16 ends at 65504", (0, _FLOAT16_MAX), xytext=(2, -9), textcoords="offset points", color=_INK)
-    axes.set_yscale("log")
+    _log(axes.yaxis)
     axes.set_xlabel("tensor, in the order of the model")
     axes.set_ylabel("largest magnitude")
     _legend(figure, 4)
@@ -166,7 +170,7 @@ def latencies(engines: Sequence[EngineReport]) -> str:
     figure, axes = _figure(2.8)
     for index, engine, p50_ms, distance in drawn:
         axes.plot([p50_ms], [distance], "o", markersize=8, color=_colour(index), label=engine.engine)
-    axes.set_yscale("log")
+    _log(axes.yaxis)
     axes.set_xlim(0, 1.25 * max(p50_ms for _, _, p50_ms, _ in drawn))
     axes.margins(y=0.2)
     axes.set_xlabel("ms for one text of 128 tokens, median, on the machine of the comparison")
@@ -189,7 +193,7 @@ def _ranges(names: Sequence[str], values: Sequence[Sequence[tuple[float, float] 
         axes.hlines(heights, means, worst, color=_colour(index), linewidth=1.2)
         axes.plot(means, heights, "o", markersize=3.5, color=_colour(index))
         axes.plot(worst, heights, "|", markersize=5, color=_colour(index))
-    axes.set_xscale("log")
+    _log(axes.xaxis)
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.grid(visible=False, axis="y")
@@ -201,6 +205,18 @@ def _figure(height: float) -> tuple[Figure, Axes]:
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(_WIDTH, height), layout="constrained")
         return figure, figure.add_subplot()
+
+
+def _log(axis: Axis) -> None:
+    """Make an axis logarithmic; its labels are plain text, which takes a tenth of the time of set mathematics."""
+    (axis.axes.set_xscale if isinstance(axis, XAxis) else axis.axes.set_yscale)("log")
+    axis.set_major_formatter(FuncFormatter(_power))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _power(value: float, _: int | None = None) -> str:
+    exponent = round(math.log10(value)) if value > 0 else 0
+    return {0: "1", 1: "10"}.get(exponent, f"10{str(exponent).translate(_SUPERSCRIPTS)}")
 
 
 def _legend(figure: Figure, columns: int) -> None:
