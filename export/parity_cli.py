@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -40,6 +41,7 @@ def parity_command(
         list[str] | None, typer.Option(help="Compare on the text with this id alone; may be repeated; no verdict.")
     ] = None,
     print_policy: Annotated[bool, typer.Option("--print-policy", help="Print the policy's limits as TOML.")] = False,
+    print_schema: Annotated[bool, typer.Option("--print-schema", help="Print report.json's JSON schema.")] = False,
     wait: WaitOption = WAIT_S,
 ) -> None:
     """Compare every engine of a bundle with PyTorch. Exit status: 0 pass, 1 below a limit, 2 could not check.
@@ -53,6 +55,11 @@ def parity_command(
         limits = read_policy(policy)
         if print_policy:
             sys.stdout.write(to_toml(limits))
+            return
+        if print_schema:
+            from export.report.data import schema
+
+            sys.stdout.write(json.dumps(schema(), indent=2) + "\n")
             return
         if bundle is None:
             raise InputError("there is no bundle to compare.", cure="Name its folder: f2rt parity BUNDLE")

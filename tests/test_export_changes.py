@@ -218,7 +218,11 @@ def test_precisions_come_and_go(project: Project) -> None:
     assert project.export() == {FP32: ("kept", SAME), BF16: ("wrote", "the bundle had none")}
     project.precisions = "fp16"  # fp32 is only needed for the probe, and does not stay
     assert project.export() == {FP16: ("wrote", "the bundle had none")}
-    assert sorted(p.name for p in (project.folder / "graphs").iterdir()) == ["fp16.onnx", "fp16.onnx.data"]
+    assert sorted(p.name for p in (project.folder / "graphs").iterdir()) == [
+        "fp16.onnx",
+        "fp16.onnx.data",
+        "fp16.plan.npz",
+    ]
 
 
 def cut(path: Path) -> None:

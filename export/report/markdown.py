@@ -55,7 +55,8 @@ def _problems(engine: EngineReport) -> list[str]:
         return []
     lines = [f"### `{engine.engine}` is outside the limits"]
     lines += [
-        f"- {t.name}: found {value_of(t)}, allowed {t.sense} {number(t.limit)}" + (f" ({t.where})" if t.where else "")
+        f"- {t.name}: found {value_of(t)}, allowed {t.sense} {number(t.limit)}"
+        + (f" ({_escape(t.where)})" if t.where else "")
         for t in broken
     ]
     lines += [f"- likely cause: {_escape(d)}" for d in engine.diagnosis]
