@@ -39,6 +39,7 @@ from runtime.bundle import (
 )
 from runtime.errors import BundleError, CheckpointError, InputError, explain_memory_errors
 from runtime.files import explain_read_errors, write_atomic
+from runtime.policy import Policy
 
 
 def prove_bundle(
@@ -219,4 +220,6 @@ def _verdict(engine: EngineReport, report_sha256: str) -> ParityRecord:
         max_abs_diff=max((c.max_abs_diff for c in checks), default=-1.0),
         report_sha256=report_sha256,
         checked_at=engine.checked_at,
+        policy_sha256=Policy().sha256,
+        calibration_overlap=0,
     )
