@@ -1,8 +1,9 @@
 """A model by name: the pipeline that answers for it now, its health, and the switch to another engine.
 
 Whatever answers has reproduced PyTorch's golden vectors: at start, on a period, soon after an engine error, and before
-a switch; an engine that is allowed unverified, where there are none, its own first ones. A request stays with the pipeline that took it, so no answer mixes two engines; after a switch the old one
-finishes what it has and is closed.
+a switch. Where a bundle has none, an engine that is allowed unverified has reproduced its own first ones. A request
+stays with the pipeline that took it, so no answer mixes two engines; after a switch the old one finishes what it has
+and is closed.
 """
 
 from __future__ import annotations
