@@ -27,6 +27,7 @@ from export.verdicts import Request, read_report, recorded, require_intact, run_
 from runtime import golden
 from runtime.bundle import (
     GOLDEN,
+    PREVIOUS_REPORT,
     REPORT,
     Bundle,
     EngineRecord,
@@ -224,6 +225,7 @@ def record(bundle: Bundle, report: ParityReport, vectors: golden.Golden | None) 
         write_atomic(bundle.path(file), data)
         golden_record = record_file(bundle.folder, file, sha256=sha256)
     report_data = to_json(report)
+    _keep_report(bundle)
     for file in DERIVED_FILES:  # they are of the old report: whoever shows the new one makes them again
         bundle.path(file).unlink(missing_ok=True)
     write_atomic(bundle.path(REPORT), report_data)
@@ -232,6 +234,16 @@ def record(bundle: Bundle, report: ParityReport, vectors: golden.Golden | None) 
     write_manifest(bundle.folder, with_parity(manifest, verdicts, golden_record))
     if manifest.golden is not None and manifest.golden != golden_record:
         bundle.path(manifest.golden.file).unlink(missing_ok=True)
+    bundle.path(PREVIOUS_REPORT).unlink(missing_ok=True)
+
+
+def _keep_report(bundle: Bundle) -> None:
+    """Give the report that the manifest's verdicts stand on a second name, until the manifest names the next."""
+    path = bundle.path(REPORT)
+    data = path.read_bytes() if path.is_file() else b""
+    current = hashlib.sha256(data).hexdigest()
+    if any(e.parity is not None and e.parity.report_sha256 == current for e in bundle.manifest.engines):
+        write_atomic(bundle.path(PREVIOUS_REPORT), data)
 
 
 def _verdict(engine: EngineReport, report_sha256: str) -> ParityRecord:

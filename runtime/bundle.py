@@ -35,6 +35,8 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 GOLDEN = "golden.npz"
 REPORT = "parity/report.json"
+# While a new report is being recorded, the one that the manifest's verdicts still stand on.
+PREVIOUS_REPORT = "parity/report.previous.json"
 
 Verdict = Literal["pass", "fail", "not_executed"]
 

@@ -22,6 +22,14 @@ app = typer.Typer(
 )
 
 
+# The same setting, and the same variable, as a server's: see `runtime.config`.
+_POLICY = typer.Option(
+    help="TOML file of limits that the bundle's engines must be proven under.",
+    envvar="F2RT_POLICY",
+    show_envvar=True,
+)
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"f2rt {runtime.__version__}")
@@ -53,6 +61,16 @@ def embed_command(
     instruction: Annotated[str | None, typer.Option(help="The prompt's text itself.")] = None,
     dim: Annotated[int | None, typer.Option(help="Only the first N dimensions, normalized again.")] = None,
     engine: Annotated[str, typer.Option(help="Engine of the bundle.")] = "auto",
+    policy: Annotated[Path | None, _POLICY] = None,
+    allow_unverified: Annotated[
+        bool,
+        typer.Option(
+            "--allow-unverified",
+            envvar="F2RT_ALLOW_UNVERIFIED",
+            show_envvar=True,
+            help="Use an engine of the bundle without such a proof, and say so.",
+        ),
+    ] = False,
     model: Annotated[str, typer.Option(help="Model of the server; its default without it.")] = "",
     key: Annotated[str, typer.Option(help="API key.", envvar="F2RT_API_KEY", show_envvar=True)] = "",
     tls_ca: Annotated[Path | None, typer.Option(help="Authority of the server's certificate, PEM.")] = None,
@@ -87,9 +105,15 @@ def embed_command(
         else:
             from runtime.bundle import open_bundle
             from runtime.embedder import open_embedder
+            from runtime.gate import Gate
+            from runtime.policy import read_policy
 
             assert bundle is not None
-            embedder = open_embedder(open_bundle(bundle), engine)
+            gate = Gate(read_policy(policy), allow_unverified)
+            embedder = open_embedder(open_bundle(bundle), engine, gate=gate)
+            if embedder.loaded.unverified:
+                name = embedder.loaded.record.full_name
+                console.warn(f"the engine {name} is unverified: {embedder.loaded.unverified}.")
             result = embedder.embed(texts, prompt_name=prompt, prompt=instruction, dimensions=dim)
             vectors, tokens, fingerprint = (
                 result.vectors,
@@ -121,6 +145,7 @@ def inspect_command(
     bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
     full: Annotated[bool, typer.Option("--json", help="Print the whole manifest.")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Read all files and compare their hashes.")] = False,
+    policy: Annotated[Path | None, _POLICY] = None,
 ) -> None:
     """Show what a bundle holds: source, contract, graphs, engines and their verdicts."""
     with console.readable_errors():
@@ -128,9 +153,10 @@ def inspect_command(
         from rich.text import Text
 
         from runtime.bundle import MANIFEST, bundle_files, check_hash, engine_files, open_bundle
-        from runtime.loader import problem_with
+        from runtime.gate import refusal
+        from runtime.policy import read_policy
 
-        opened = open_bundle(bundle)
+        opened, limits = open_bundle(bundle), read_policy(policy)
         if verify:
             for record in [*bundle_files(opened.manifest), *engine_files(opened)]:
                 check_hash(opened, record)
@@ -148,6 +174,7 @@ def inspect_command(
             ("license", source.license or "not declared"),
             ("fingerprint", manifest.fingerprint),
             ("made", f"{manifest.created_at} by f2rt {manifest.versions.get('f2rt', '?')}"),
+            ("policy", f"{limits.name}, {limits.sha256[:12]}"),
             ("dimensions", f"{contract.dim}; trained: {', '.join(map(str, contract.trained_dims))}"),
             ("tokens", f"up to {contract.max_tokens}; EOS {contract.eos_id}, pad {contract.pad_id}"),
             *((f"prompt {name}", json.dumps(text, ensure_ascii=False)) for name, text in contract.prompts.items()),
@@ -165,7 +192,9 @@ def inspect_command(
         for engine in manifest.engines:
             executed = engine.parity is not None and engine.parity.verdict != "not_executed"
             cosine = f"{engine.parity.min_cosine:.7f}" if engine.parity and executed else ""
-            table.add_row(engine.full_name, engine.fingerprint, engine.file, problem_with(engine) or "pass", cosine)
+            refused = refusal(opened, engine, limits)
+            verdict = refused.reason if refused else "pass"
+            table.add_row(engine.full_name, engine.fingerprint, engine.file, verdict, cosine)
         screen.print(table)
         if verify:
             screen.print("all files have the recorded hashes")

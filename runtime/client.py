@@ -101,7 +101,10 @@ class ExplainedItem:
 
 @dataclass(frozen=True)
 class ServerInfo:
-    """Which engine answers, from which checkpoint, within which limits."""
+    """Which engine answers, from which checkpoint, within which limits.
+
+    `unverified` says what a server that allows it lacks of a verdict that stands; "" for a verified engine.
+    """
 
     model: str
     revision: str
@@ -125,6 +128,8 @@ class ServerInfo:
     models: list[str] = field(default_factory=list)
     state: str = ""
     golden_cosine: float = 0.0
+    unverified: str = ""
+    policy_sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -308,6 +313,8 @@ class EmbeddingClient:
             models=list(r.models),
             state=r.state,
             golden_cosine=r.golden_cosine,
+            unverified=r.unverified,
+            policy_sha256=r.policy_sha256,
         )
 
     def ready(self) -> bool:

@@ -47,6 +47,12 @@ def bars() -> Iterator[Bars]:
         yield Bars(progress)
 
 
+def warn(message: str) -> None:
+    """Print a warning on standard error."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(Text.assemble(("warning: ", "bold yellow"), message))
+
+
 @contextlib.contextmanager
 def readable_errors() -> Iterator[None]:
     """Print an F2rtError as message and cure and leave with its exit code."""

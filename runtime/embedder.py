@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from runtime.batch import Batch, make_batch
 from runtime.bundle import Bundle
 from runtime.errors import EngineError, InputError
+from runtime.gate import Gate
 from runtime.loader import LoadedEngine, load_engine
 from runtime.scheduler import plan
 from runtime.settings import EngineSettings, Limits
@@ -202,6 +203,7 @@ def open_embedder(
     engine: str = "auto",
     settings: EngineSettings = EngineSettings(),
     limits: Limits = Limits(),
+    gate: Gate = Gate(),
 ) -> Embedder:
     """Open, prove and wrap an engine of a bundle. Raises what `load_engine` raises."""
-    return Embedder(bundle, load_engine(bundle, engine, settings), limits)
+    return Embedder(bundle, load_engine(bundle, engine, settings, gate), limits)

@@ -20,16 +20,34 @@ from runtime.bundle import GOLDEN, Bundle, check_hash
 from runtime.engines import Engine
 from runtime.errors import BundleError, UnverifiedError
 from runtime.tokenizer import Instruction, TextTokenizer
-from runtime.tolerances import tolerance
+from runtime.tolerances import Tolerance
+
+# Of any script, and short: an engine may have been built for short texts alone.
+_STAND_IN_TEXTS = [
+    "a",
+    "Where is the library?",
+    "La bibliothèque est fermée le lundi.",
+    "图书馆在哪里？",
+    "x = a[0] + 1",
+]
 
 
 @dataclass(frozen=True)
 class Golden:
-    """The golden texts with their prompts, their ids and PyTorch's float32 unit vectors [texts, dim]."""
+    """The golden texts with their prompts, their ids and PyTorch's float32 unit vectors [texts, dim].
+
+    A `stand_in` has the engine's own vectors instead of PyTorch's: what is compared with it can only stay as it was.
+    """
 
     texts: list[str]
     ids: list[list[int]]
     embeddings: NDArray[np.float32]
+    stand_in: bool = False
+
+    @property
+    def origin(self) -> str:
+        """Whose vectors these are, in words."""
+        return "its own first vectors" if self.stand_in else "PyTorch"
 
 
 def pack(golden: Golden) -> bytes:
@@ -90,17 +108,29 @@ def check_tokenizer(tokenizer: TextTokenizer, golden: Golden) -> None:
             )
 
 
-def check_engine(engine: Engine, golden: Golden, pad_id: int) -> float:
+def stand_in(engine: Engine, tokenizer: TextTokenizer, pad_id: int) -> Golden:
+    """Make golden vectors from the engine itself, for a bundle that has none: each text run alone.
+
+    Raises EngineError.
+    """
+    items = tokenizer.encode(_STAND_IN_TEXTS, Instruction(prompt=""))
+    fitting = [i for i, item in enumerate(items) if engine.max_tokens is None or len(item.ids) <= engine.max_tokens]
+    ids = [items[i].ids for i in fitting]
+    vectors = [engine.run(make_batch([one], pad_id)) for one in ids]
+    return Golden([_STAND_IN_TEXTS[i] for i in fitting], ids, np.concatenate(vectors), stand_in=True)
+
+
+def check_engine(engine: Engine, golden: Golden, pad_id: int, limits: Tolerance) -> float:
     """Run the golden texts through the engine in one padded batch and compare each row with PyTorch.
 
     Returns the smallest cosine. Raises UnverifiedError naming the worst text, its cosine and the limit.
     """
-    return compare(engine, engine.run(make_batch(golden.ids, pad_id)), golden)
+    return compare(engine, engine.run(make_batch(golden.ids, pad_id)), golden, limits)
 
 
-def compare(engine: Engine, vectors: NDArray[np.float32], golden: Golden) -> float:
+def compare(engine: Engine, vectors: NDArray[np.float32], golden: Golden, limits: Tolerance) -> float:
     """Compare an engine's vectors for the golden texts, row by row. Returns and raises as `check_engine` does."""
-    limit = tolerance(engine.precision).min_cosine
+    limit = limits.min_cosine
     if vectors.shape != golden.embeddings.shape:
         raise UnverifiedError(
             f"{engine.name} gives vectors of shape {vectors.shape} for the golden texts, PyTorch gave "
@@ -111,15 +141,15 @@ def compare(engine: Engine, vectors: NDArray[np.float32], golden: Golden) -> flo
     worst = int(np.argmin(cosines))
     # A cosine does not see a vector's length, and the contract is unit length.
     norm_error = float(np.abs(np.linalg.norm(vectors.astype(np.float64), axis=1) - 1).max())
-    if cosines[worst] >= limit and not norm_error <= tolerance(engine.precision).norm_error:
+    if cosines[worst] >= limit and not norm_error <= limits.norm_error:
         raise UnverifiedError(
             f"{engine.name} gives a golden vector whose length is off by {norm_error:.1e}, the limit for "
-            f"{engine.precision} is {tolerance(engine.precision).norm_error}.",
+            f"{engine.precision} is {limits.norm_error}.",
             cure="It must not answer. Run f2rt parity on the bundle to see why.",
         )
     if not cosines[worst] >= limit:
         raise UnverifiedError(
-            f"{engine.name} does not reproduce PyTorch: cosine {cosines[worst]:.6f} on the golden text "
+            f"{engine.name} does not reproduce {golden.origin}: cosine {cosines[worst]:.6f} on the golden text "
             f"{golden.texts[worst][:40]!r}, the limit for {engine.precision} is {limit}.",
             cure="It must not answer. Run f2rt parity on the bundle to see why.",
         )

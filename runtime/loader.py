@@ -20,6 +20,8 @@ from runtime.bundle import (
 )
 from runtime.engines import Engine
 from runtime.errors import F2rtError, InputError, MissingExtraError, NotExecutableError, UnverifiedError
+from runtime.gate import Gate, refusal
+from runtime.policy import Policy
 from runtime.settings import EngineSettings
 from runtime.tokenizer import TextTokenizer
 
@@ -35,43 +37,66 @@ SPEED_ORDER = [
 
 @dataclass(frozen=True)
 class LoadedEngine:
-    """An engine that has just reproduced PyTorch's golden vectors."""
+    """An engine that has just reproduced the golden vectors `expected`, and the policy that it is held to.
+
+    `unverified` says why it was not shown to keep the policy: "" for an engine that was. Where that is allowed the
+    golden vectors may be a stand-in.
+    """
 
     engine: Engine
     record: EngineRecord
     tokenizer: TextTokenizer
     golden_cosine: float
     selection: str
+    expected: golden.Golden
+    policy: Policy
+    unverified: str = ""
 
 
-def select(bundle: Bundle, name: str, unfit: Mapping[str, str] = {}) -> tuple[EngineRecord, str]:
+def select(bundle: Bundle, name: str, unfit: Mapping[str, str] = {}, gate: Gate = Gate()) -> tuple[EngineRecord, str]:
     """Return the record of the engine to run and the reason it was chosen.
 
     A name without a target means the engine for this machine's GPU where the bundle has several. `unfit` says of
-    engines, by full name, why they did not run when it was tried; `auto` passes over them. Raises NotFoundError for
-    an unknown name, what `obstacle` returns for an engine that cannot run here, UnverifiedError when it, or with
-    `auto` every engine, lacks a passing verdict.
+    engines, by full name, why they did not run when it was tried; `auto` passes over them. An engine without a
+    verdict that stands is chosen where `gate` allows it, by `auto` when there is no other. Raises NotFoundError for
+    an unknown name, what `obstacle` returns for an engine that cannot run here, UnverifiedError when the gate refuses
+    it, or with `auto` every engine.
     """
     if name != "auto":
         record = _named(bundle, name)
         problem = obstacle(record)
         if problem is not None:
             raise problem
-        _require_pass(bundle, record)
+        found = refusal(bundle, record, gate.policy)
+        if found is not None and not gate.allow_unverified:
+            raise UnverifiedError(
+                f"the engine {record.full_name} of {bundle.folder} may not answer: {found.reason}.", cure=found.cure
+            )
         return record, "asked for by name"
     if not bundle.manifest.engines:
         raise InputError(f"the bundle {bundle.folder} has no engine.", cure="Export the checkpoint again.")
     rank = {engine: i for i, engine in enumerate(SPEED_ORDER)}
     candidates = sorted(bundle.manifest.engines, key=lambda e: rank.get(e.name, len(rank)))
-    skipped: list[str] = []
+    skipped: dict[str, str] = {}
+    refused = []
     for record in candidates:
-        reason = unfit.get(record.full_name) or _why_not(record)
+        found = refusal(bundle, record, gate.policy)
+        # The verdict comes before what the machine can do: it costs nothing.
+        reason = unfit.get(record.full_name) or (found.reason if found else _cannot_run(record))
         if reason is None:
-            why = "fastest engine that runs here and has a passing verdict"
-            return record, why + (f"; passed over {', '.join(skipped)}" if skipped else "")
-        skipped.append(f"{record.full_name} ({reason})")
+            return record, "fastest engine that runs here and has a passing verdict" + _passed_over(skipped)
+        skipped[record.full_name] = reason
+        if found is not None:
+            refused.append((record, found))
+    if gate.allow_unverified:
+        # One that was shown to miss a limit comes after those of which that is not known.
+        for record, _ in sorted(refused, key=lambda pair: pair[1].failed):
+            if record.full_name not in unfit and obstacle(record) is None:
+                del skipped[record.full_name]
+                return record, "allowed though unverified: no verified engine runs here" + _passed_over(skipped)
     raise UnverifiedError(
-        f"no engine of {bundle.folder} may answer: {', '.join(skipped)}.", cure=f"Run: f2rt parity {bundle.folder}"
+        f"no engine of {bundle.folder} may answer: {_listed(skipped)}.",
+        cure=refused[0][1].cure if refused else f"Run: f2rt parity {bundle.folder}",
     )
 
 
@@ -99,25 +124,17 @@ def _named(bundle: Bundle, name: str) -> EngineRecord:
     return fitting[0] if fitting else bundle.engine(name)
 
 
-def _why_not(record: EngineRecord) -> str | None:
-    """Return in few words why `auto` must not take an engine, or None. The verdict comes first: it costs nothing."""
-    problem = problem_with(record)
-    if problem is not None:
-        return problem
+def _cannot_run(record: EngineRecord) -> str | None:
     error = obstacle(record)
     return None if error is None else error.message.rstrip(".")
 
 
-def problem_with(record: EngineRecord) -> str | None:
-    """Return why the engine's verdict does not let it answer, or None."""
-    parity = record.parity
-    if parity is None:
-        return "never compared with PyTorch"
-    if parity.fingerprint != record.fingerprint:
-        return "its verdict belongs to another engine"
-    if parity.verdict != "pass":
-        return f"its verdict is {parity.verdict}"
-    return None
+def _passed_over(skipped: Mapping[str, str]) -> str:
+    return f"; passed over {_listed(skipped)}" if skipped else ""
+
+
+def _listed(skipped: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} ({reason})" for name, reason in skipped.items())
 
 
 def check_fingerprint(bundle: Bundle, record: EngineRecord) -> None:
@@ -132,15 +149,6 @@ def check_fingerprint(bundle: Bundle, record: EngineRecord) -> None:
         raise UnverifiedError(
             f"the fingerprint of {record.name} in {bundle.folder} is {record.fingerprint}; its parts give {expected}.",
             cure="The manifest was edited or its parts exchanged. Export the checkpoint again.",
-        )
-
-
-def _require_pass(bundle: Bundle, record: EngineRecord) -> None:
-    problem = problem_with(record)
-    if problem:
-        raise UnverifiedError(
-            f"the engine {record.name} of {bundle.folder} may not answer: {problem}.",
-            cure=f"Run: f2rt parity {bundle.folder}",
         )
 
 
@@ -171,24 +179,26 @@ def open_raw_engine(bundle: Bundle, record: EngineRecord, settings: EngineSettin
     raise problem
 
 
-def load_engine(bundle: Bundle, name: str = "auto", settings: EngineSettings = EngineSettings()) -> LoadedEngine:
+def load_engine(
+    bundle: Bundle, name: str = "auto", settings: EngineSettings = EngineSettings(), gate: Gate = Gate()
+) -> LoadedEngine:
     """Choose, verify, open and prove an engine.
 
     Raises NotFoundError, UnverifiedError, BundleError, MissingExtraError or EngineError; whatever it returns has just
-    reproduced the golden vectors.
+    reproduced the golden vectors. Only where `gate` allows unverified engines may these be a stand-in.
     """
     unfit: dict[str, str] = {}
     while True:
-        record, selection = select(bundle, name, unfit)
+        record, selection = select(bundle, name, unfit, gate)
         try:
-            return _load(bundle, record, selection, settings)
+            return _load(bundle, record, selection, settings, gate)
         except (NotExecutableError, MissingExtraError) as error:
             if name != "auto":
                 raise
             unfit[record.full_name] = error.message.rstrip(".")
 
 
-def _load(bundle: Bundle, record: EngineRecord, selection: str, settings: EngineSettings) -> LoadedEngine:
+def _load(bundle: Bundle, record: EngineRecord, selection: str, settings: EngineSettings, gate: Gate) -> LoadedEngine:
     graph: GraphRecord = bundle.graph(record.precision)
     for file in (bundle.manifest.tokenizer, *graph.files):
         check_hash(bundle, file)
@@ -196,13 +206,33 @@ def _load(bundle: Bundle, record: EngineRecord, selection: str, settings: Engine
         if file.file == record.file:
             check_hash(bundle, file)
     check_fingerprint(bundle, record)
+    pad_id = bundle.manifest.contract.pad_id
     tokenizer = TextTokenizer(bundle.path(bundle.manifest.tokenizer.file), bundle.manifest.contract)
-    expected = golden.load(bundle)
-    golden.check_tokenizer(tokenizer, expected)
+    expected = None
+    if bundle.manifest.golden is not None or not gate.allow_unverified:
+        expected = golden.load(bundle)
+        golden.check_tokenizer(tokenizer, expected)
+    unverified = _unverified(bundle, record, gate)
     engine = open_raw_engine(bundle, record, settings)
     try:
-        cosine = golden.check_engine(engine, expected, bundle.manifest.contract.pad_id)
+        expected = expected or golden.stand_in(engine, tokenizer, pad_id)
+        cosine = golden.check_engine(engine, expected, pad_id, gate.policy.tolerance(record.precision))
+    except UnverifiedError as error:
+        engine.close()
+        if unverified:
+            message = f"{error.message} An engine known to be wrong never answers, allowed unverified or not."
+            raise UnverifiedError(message, cure=error.cure) from error
+        raise
     except BaseException:
         engine.close()
         raise
-    return LoadedEngine(engine, record, tokenizer, cosine, selection)
+    return LoadedEngine(engine, record, tokenizer, cosine, selection, expected, gate.policy, unverified)
+
+
+def _unverified(bundle: Bundle, record: EngineRecord, gate: Gate) -> str:
+    """Return all that keeps an engine from being a verified one; "" for nothing."""
+    found = refusal(bundle, record, gate.policy)
+    reasons = [found.reason] if found else []
+    if bundle.manifest.golden is None:
+        reasons.append("the bundle has no golden vectors, so it is compared with its own first ones alone")
+    return "; ".join(reasons)

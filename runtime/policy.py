@@ -106,7 +106,9 @@ def _section(path: Path, precision: str, section: dict[str, Any]) -> dict[str, f
 
 def to_toml(policy: Policy) -> str:
     """Return the policy as a file that `read_policy` takes, every limit spelt out."""
-    lines = [f"name = {json.dumps(policy.name)}"]  # a JSON string is a TOML string
+    # A JSON string is a TOML string, but for surrogates, which TOML does not know, and DEL, which it wants escaped.
+    name = json.dumps(policy.name, ensure_ascii=False).replace("\x7f", "\\u007f")
+    lines = [f"name = {name}"]
     for precision, limits in policy.limits.items():
         lines += ["", f"[{precision}]", *(f"{name} = {getattr(limits, name)!r}" for name in _NAMES)]
     return "\n".join(lines) + "\n"

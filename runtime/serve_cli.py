@@ -32,6 +32,12 @@ def serve_command(
     tls_cert: Annotated[Path | None, typer.Option(help="Certificate, PEM.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Its key, PEM.")] = None,
     tls_client_ca: Annotated[Path | None, typer.Option(help="Ask clients for a certificate of this CA.")] = None,
+    policy: Annotated[
+        Path | None, typer.Option(help="TOML file of limits that engines must be proven under; read again on reload.")
+    ] = None,
+    allow_unverified: Annotated[
+        bool | None, typer.Option("--allow-unverified", help="Serve engines without such a proof, and say so.")
+    ] = None,
     shadow: Annotated[str | None, typer.Option(help="BUNDLE[@ENGINE] that looks on; see shadow_share.")] = None,
     log_format: Annotated[str | None, typer.Option(help="text or json.")] = None,
     assignments: Annotated[
@@ -56,6 +62,8 @@ def serve_command(
             "tls_cert": _text(tls_cert),
             "tls_key": _text(tls_key),
             "tls_client_ca": _text(tls_client_ca),
+            "policy": _text(policy),
+            "allow_unverified": allow_unverified,
             "shadow": shadow,
             "log_format": log_format,
         }

@@ -17,10 +17,11 @@ import runtime
 from runtime.bundle import open_bundle
 from runtime.embedder import open_embedder
 from runtime.errors import F2rtError
+from runtime.gate import open_gate
 from runtime.serving.access import Keys
 from runtime.serving.logs import configure
 from runtime.serving.metrics import EngineMetrics, Metrics
-from runtime.serving.model import Model, Proven, load
+from runtime.serving.model import Model, Proven, load, warn_if_unverified
 from runtime.serving.models import Models
 from runtime.serving.pipeline import Pipeline
 from runtime.serving.shadow import Shadow
@@ -103,10 +104,12 @@ async def open_models(
     if settings.shadow is not None:
         shadow = settings.shadow
         loop = asyncio.get_running_loop()
+        gate = open_gate(settings.policy, settings.allow_unverified)
         embedder = await loop.run_in_executor(
-            None, lambda: open_embedder(open_bundle(Path(shadow.bundle)), shadow.engine, engine, settings.limits)
+            None, lambda: open_embedder(open_bundle(Path(shadow.bundle)), shadow.engine, engine, settings.limits, gate)
         )
         first = models[0]
+        warn_if_unverified(f"the shadow of {first.name}", embedder)
         counted = EngineMetrics(metrics, f"{first.name}-shadow")
         pipeline = Pipeline(embedder, settings.scheduling, settings.truncate, counted)
         first.shadow = Shadow(pipeline, first.embedder.bundle.manifest.tokenizer.sha256, first.name, shadow, metrics)
@@ -136,13 +139,17 @@ async def run(
 
 
 def prove(models: Sequence[ModelSettings], engine: EngineSettings, settings: ServeSettings) -> list[Proven]:
-    """Open and prove the engine of every model. Raises BundleError, UnverifiedError, NotFoundError or EngineError."""
+    """Open and prove the engine of every model.
+
+    Raises BundleError, UnverifiedError, NotFoundError or EngineError, and InputError for the policy.
+    """
     proven = []
     for spec in models:
         one = load(spec, engine, settings)
         loaded = one.embedder.loaded
         log.info("model %s: %s, %s", spec.name, loaded.record.full_name, loaded.selection)
-        log.info("model %s: golden texts reproduced, smallest cosine %.7f", spec.name, loaded.golden_cosine)
+        log.info("model %s: reproduces %s, smallest cosine %.7f", spec.name, _reproduced(one), loaded.golden_cosine)
+        warn_if_unverified(spec.name, one.embedder)
         proven.append(one)
     return proven
 
@@ -160,7 +167,7 @@ def check(models: Sequence[ModelSettings], engine: EngineSettings, settings: Ser
     for spec, one in zip(models, prove(models, engine, settings), strict=True):
         loaded = one.embedder.loaded
         lines.append(
-            f"{spec.name}: {loaded.record.full_name} reproduces PyTorch's golden vectors, smallest cosine "
+            f"{spec.name}{_unverified(one)}: {loaded.record.full_name} reproduces {_reproduced(one)}, smallest cosine "
             f"{loaded.golden_cosine:.7f}, fingerprint {one.embedder.fingerprint}"
         )
         one.embedder.close()
@@ -188,10 +195,20 @@ def serve(
         first = proven[0].embedder
         if http:
             log.info("serving HTTP on %s", http)
-        log.info("serving %s on %s, fingerprint %s", ", ".join(m.name for m in models), grpc, first.fingerprint)
+        names = ", ".join(m.name + _unverified(one) for m, one in zip(models, proven, strict=True))
+        log.info("serving %s on %s, fingerprint %s", names, grpc, first.fingerprint)
 
     asyncio.run(run(list(zip(models, proven, strict=True)), engine, settings, started=started))
     log.info("stopped")
+
+
+def _reproduced(one: Proven) -> str:
+    return f"{one.expected.origin} (a stand-in)" if one.expected.stand_in else "PyTorch's golden vectors"
+
+
+def _unverified(one: Proven) -> str:
+    reason = one.embedder.loaded.unverified
+    return f" (unverified: {reason})" if reason else ""
 
 
 async def _within(waiting: Awaitable[object], seconds: float) -> None:

@@ -152,8 +152,9 @@ class ServeSettings:
     """What a server needs besides its models. Sizes in bytes, times in seconds.
 
     `http_address` "" is no HTTP. `golden_period_s` is the time between two checks of the running engine, and
-    `golden_timeout_s` how long one may take. `keys_file` "" is no keys, `otlp_endpoint` "" no
-    traces.
+    `golden_timeout_s` how long one may take. `policy` is the file of the limits that engines must have been proven
+    under, "" the shipped ones; `allow_unverified` lets engines answer that were not. `keys_file` "" is no keys,
+    `otlp_endpoint` "" no traces.
     """
 
     grpc_address: str = "127.0.0.1:50051"
@@ -166,6 +167,8 @@ class ServeSettings:
     drain_s: float = 10.0
     golden_period_s: float = 10.0
     golden_timeout_s: float = 60.0
+    policy: str = ""
+    allow_unverified: bool = False
     tls: TlsSettings | None = None
     keys_file: str = ""
     shadow: ShadowSettings | None = None

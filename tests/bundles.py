@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from runtime.bundle import (
     Bundle,
+    EngineRecord,
     Manifest,
     content_fingerprint,
     engine_fingerprint,
@@ -30,3 +34,26 @@ def forge_fingerprint(bundle: Bundle) -> Bundle:
         engines.append(replace(engine, fingerprint=mark, parity=replace(engine.parity, fingerprint=mark)))
     write_manifest(bundle.folder, replace(manifest, fingerprint=content, engines=engines))
     return open_bundle(bundle.folder)
+
+
+def edit_engines(folder: Path, change: Callable[[EngineRecord], EngineRecord]) -> Bundle:
+    """Change what the manifest says of each engine."""
+    manifest = open_bundle(folder).manifest
+    write_manifest(folder, replace(manifest, engines=[change(engine) for engine in manifest.engines]))
+    return open_bundle(folder)
+
+
+def edit_verdicts(folder: Path, **fields: Any) -> Bundle:
+    """Change fields of each engine's verdict."""
+
+    def change(engine: EngineRecord) -> EngineRecord:
+        assert engine.parity is not None
+        return replace(engine, parity=replace(engine.parity, **fields))
+
+    return edit_engines(folder, change)
+
+
+def without_golden(folder: Path) -> Bundle:
+    """Take the golden vectors out of the manifest."""
+    write_manifest(folder, replace(open_bundle(folder).manifest, golden=None))
+    return open_bundle(folder)

@@ -17,7 +17,6 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime import golden
 from runtime._pb.f2rt.v1 import embedding_pb2_grpc as pb_grpc
 from runtime.batch import Batch
 from runtime.embedder import Embedder
@@ -112,7 +111,7 @@ class InProcess:
         models = []
         for number, embedder in enumerate(self._embedders):
             spec = ModelSettings("mini" if not number else f"mini-{number}", str(embedder.bundle.folder))
-            proven = Proven(embedder, golden.load(embedder.bundle))
+            proven = Proven(embedder, embedder.loaded.expected)
             models.append(Model(spec, proven, EngineSettings(), self.settings, metrics))
         self.models = Models(models, metrics)
         self.server = Server(self.models, self.settings)

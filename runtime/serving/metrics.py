@@ -120,12 +120,15 @@ class EngineMetrics:
 
 
 class Gauges:
-    """Present values of one model: what waits, and which engine answers."""
+    """Present values of one model: what waits, which engine answers, and whether it lacks a verdict that stands."""
 
-    def __init__(self, model: str, waiting: tuple[int, int, int], engine: dict[str, str]) -> None:
+    def __init__(
+        self, model: str, waiting: tuple[int, int, int], engine: dict[str, str], *, unverified: bool = False
+    ) -> None:
         self.model = model
         self.waiting = waiting
         self.engine = engine
+        self.unverified = unverified
 
 
 class _Live:
@@ -142,9 +145,15 @@ class _Live:
         info = GaugeMetricFamily(
             "f2rt_engine_info", "The engine that answers", labels=["model", "fingerprint", "engine", "precision"]
         )
+        unverified = GaugeMetricFamily(
+            "f2rt_engine_unverified",
+            "1 while an engine answers that has no verdict that stands, see --allow-unverified",
+            labels=["model", "engine"],
+        )
         for gauges in self._read():
             for family, value in zip(queues.values(), gauges.waiting, strict=True):
                 family.add_metric([gauges.model], value)
             engine = gauges.engine
             info.add_metric([gauges.model, engine["fingerprint"], engine["engine"], engine["precision"]], 1)
-        return [*queues.values(), info]
+            unverified.add_metric([gauges.model, engine["engine"]], int(gauges.unverified))
+        return [*queues.values(), info, unverified]

@@ -1,8 +1,9 @@
 """A model by name: the pipeline that answers for it now, its health, and the switch to another engine.
 
-Whatever answers has reproduced PyTorch's golden vectors: at start, on a period, after every engine error, and before a
-switch. A request stays with the pipeline that took it, so no answer mixes two engines; after a switch the old one
-finishes what it has and is closed.
+Whatever answers has reproduced PyTorch's golden vectors: at start, on a period, soon after an engine error, and before
+a switch. Where a bundle has none, an engine that is allowed unverified has reproduced its own first ones. A request
+stays with the pipeline that took it, so no answer mixes two engines; after a switch the old one finishes what it has
+and is closed.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from runtime import golden
 from runtime.bundle import open_bundle
 from runtime.embedder import Embedder, open_embedder
 from runtime.errors import F2rtError, UnavailableError
+from runtime.gate import open_gate
 from runtime.serving.call import EmbedCall, EmbedReply
 from runtime.serving.job import Job
 from runtime.serving.memory import give_back
@@ -60,10 +62,20 @@ class Proven:
 
 
 def load(model: ModelSettings, engine: EngineSettings, settings: ServeSettings) -> Proven:
-    """Open a bundle and prove one of its engines. Takes seconds. Raises what `open_bundle` and `load_engine` raise."""
-    bundle = open_bundle(Path(model.bundle))
-    embedder = open_embedder(bundle, model.engine, engine, settings.limits)
-    return Proven(embedder, golden.load(bundle))
+    """Read the policy, open a bundle and prove one of its engines under it. Takes seconds.
+
+    Raises InputError for the policy, and what `open_bundle` and `load_engine` raise.
+    """
+    gate = open_gate(settings.policy, settings.allow_unverified)
+    embedder = open_embedder(open_bundle(Path(model.bundle)), model.engine, engine, settings.limits, gate)
+    return Proven(embedder, embedder.loaded.expected)
+
+
+def warn_if_unverified(name: str, embedder: Embedder) -> None:
+    """Log that an engine without a verdict that stands is about to answer for `name`, and what it lacks."""
+    loaded = embedder.loaded
+    if loaded.unverified:
+        log.warning("%s is answered by an unverified engine, %s: %s", name, loaded.record.full_name, loaded.unverified)
 
 
 class Model:
@@ -110,7 +122,7 @@ class Model:
             "engine": loaded.record.full_name,
             "precision": loaded.record.precision,
         }
-        return Gauges(self.name, self.pipeline.waiting, engine)
+        return Gauges(self.name, self.pipeline.waiting, engine, unverified=bool(loaded.unverified))
 
     def answer(self, call: EmbedCall, begun: Callable[[Job, Pipeline], None]) -> EmbedReply:
         """Answer one call on this thread; `begun` hears of what can be abandoned.
@@ -191,6 +203,7 @@ class Model:
             log.info(
                 "%s switched from %s to %s (%s)", self.name, done.old_fingerprint, done.new_fingerprint, done.engine
             )
+            warn_if_unverified(self.name, fresh.embedder)
             return done
 
     async def idle(self) -> None:
@@ -235,7 +248,7 @@ class Model:
             return
         self._metrics.ready.labels(self.name).set(int(problem is None))
         if problem is None:
-            log.warning("%s gives PyTorch's vectors again and answers", self.name)
+            log.warning("%s gives the golden vectors again and answers", self.name)
         else:
             log.error("%s stops answering: %s", self.name, problem)
         self.on_state()

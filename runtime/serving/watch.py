@@ -1,7 +1,8 @@
 """The golden watch: real forward passes with known answers, for as long as a model serves.
 
 On a period one golden text, the next one each time, goes the way that requests go. A wrong vector, an engine error or
-no answer in time lets all golden texts run; until they come out right the model answers nothing else.
+no answer in time lets all golden texts run; until they come out right the model answers nothing else. What errors
+set off has its pauses: no caller can keep the engine busy with golden texts.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import itertools
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -20,6 +22,11 @@ from runtime.serving.pipeline import Pipeline
 from runtime.tokenizer import TokenizedText
 
 log = logging.getLogger("f2rt.watch")
+
+# The least time from the end of a check to the next one that an engine error starts. A caller who has found a request
+# that makes the engine fail may send it as fast as it likes: without this it would have the engine run golden texts and
+# little else.
+_ALARM_PAUSE_S = 1.0
 
 
 class GoldenWatch:
@@ -36,10 +43,13 @@ class GoldenWatch:
     ) -> None:
         self._pipeline = pipeline
         self._expected = expected
+        loaded = pipeline.embedder.loaded
+        self._limits = loaded.policy.tolerance(loaded.record.precision)
         self._tell = tell
         self._period_s = period_s
         self._timeout_s = timeout_s
         self._alarm = asyncio.Event()
+        self._alarms_from_s = 0.0  # in the event loop's time
         self._failing = False
         pipeline.on_engine_error = lambda error: self._alarm.set()
         self._task = asyncio.create_task(self._watch())
@@ -57,11 +67,14 @@ class GoldenWatch:
         cosine, problem = -1.0, None
         try:
             vectors = await asyncio.wait_for(self._pipeline.run(items), self._timeout_s)
-            part = golden.Golden(
-                [expected.texts[row] for row in rows], [expected.ids[row] for row in rows], expected.embeddings[rows]
+            part = replace(
+                expected,
+                texts=[expected.texts[row] for row in rows],
+                ids=[expected.ids[row] for row in rows],
+                embeddings=expected.embeddings[rows],
             )
             cosine = float(np.min(golden.row_cosines(vectors, part.embeddings)))
-            golden.compare(engine, vectors, part)
+            golden.compare(engine, vectors, part, self._limits)
         except TimeoutError:
             problem = f"{engine.name} gave no answer to a golden text within {self._timeout_s:g} s"
         except UnverifiedError as error:
@@ -74,6 +87,7 @@ class GoldenWatch:
     async def _watch(self) -> None:
         texts = range(len(self._expected.ids))
         turns = itertools.cycle(texts)
+        loop = asyncio.get_running_loop()
         while True:
             alarmed = False
             if self._failing:
@@ -83,6 +97,11 @@ class GoldenWatch:
                 with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(self._alarm.wait(), self._period_s)
                     alarmed = True
+            if alarmed:
+                await asyncio.sleep(max(self._alarms_from_s - loop.time(), 0.0))
             self._alarm.clear()
             if self._failing or alarmed or not await self.check([next(turns)]):
+                begun_s = loop.time()
                 self._failing = not await self.check(list(texts))
+                # A slow engine checks for longer than a second: then it gets as much time for its requests.
+                self._alarms_from_s = loop.time() + max(_ALARM_PAUSE_S, loop.time() - begun_s)

@@ -166,6 +166,8 @@ class EmbeddingService:
             models=[m.name for m in self._models],
             state=model.state,
             golden_cosine=model.golden_cosine,
+            unverified=embedder.loaded.unverified,
+            policy_sha256=embedder.loaded.policy.sha256,
         )
 
     def reload(self, request: pb.ReloadRequest, context: Any) -> pb.ReloadResponse:

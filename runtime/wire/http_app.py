@@ -221,6 +221,8 @@ def _info(model: Model) -> dict[str, Any]:
         "verdict": record.parity.verdict if record.parity else None,
         "min_cosine": record.parity.min_cosine if record.parity else None,
         "golden_cosine": model.golden_cosine,
+        "unverified": embedder.loaded.unverified,
+        "policy_sha256": embedder.loaded.policy.sha256,
         "dimensions": contract.dim,
         "trained_dimensions": contract.trained_dims,
         "max_tokens": contract.max_tokens,

@@ -174,7 +174,7 @@ class InfoRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ...) -> None: ...
 
 class InfoResponse(_message.Message):
-    __slots__ = ("model", "revision", "engine", "precision", "fingerprint", "dim", "trained_dims", "max_tokens", "prompts", "default_prompt_name", "default_truncate", "max_items", "max_request_tokens", "license", "verdict", "min_cosine", "version", "selection", "name", "models", "state", "golden_cosine")
+    __slots__ = ("model", "revision", "engine", "precision", "fingerprint", "dim", "trained_dims", "max_tokens", "prompts", "default_prompt_name", "default_truncate", "max_items", "max_request_tokens", "license", "verdict", "min_cosine", "version", "selection", "name", "models", "state", "golden_cosine", "unverified", "policy_sha256")
     class PromptsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -204,6 +204,8 @@ class InfoResponse(_message.Message):
     MODELS_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     GOLDEN_COSINE_FIELD_NUMBER: _ClassVar[int]
+    UNVERIFIED_FIELD_NUMBER: _ClassVar[int]
+    POLICY_SHA256_FIELD_NUMBER: _ClassVar[int]
     model: str
     revision: str
     engine: str
@@ -226,7 +228,9 @@ class InfoResponse(_message.Message):
     models: _containers.RepeatedScalarFieldContainer[str]
     state: str
     golden_cosine: float
-    def __init__(self, model: _Optional[str] = ..., revision: _Optional[str] = ..., engine: _Optional[str] = ..., precision: _Optional[str] = ..., fingerprint: _Optional[str] = ..., dim: _Optional[int] = ..., trained_dims: _Optional[_Iterable[int]] = ..., max_tokens: _Optional[int] = ..., prompts: _Optional[_Mapping[str, str]] = ..., default_prompt_name: _Optional[str] = ..., default_truncate: _Optional[_Union[Truncate, str]] = ..., max_items: _Optional[int] = ..., max_request_tokens: _Optional[int] = ..., license: _Optional[str] = ..., verdict: _Optional[str] = ..., min_cosine: _Optional[float] = ..., version: _Optional[str] = ..., selection: _Optional[str] = ..., name: _Optional[str] = ..., models: _Optional[_Iterable[str]] = ..., state: _Optional[str] = ..., golden_cosine: _Optional[float] = ...) -> None: ...
+    unverified: str
+    policy_sha256: str
+    def __init__(self, model: _Optional[str] = ..., revision: _Optional[str] = ..., engine: _Optional[str] = ..., precision: _Optional[str] = ..., fingerprint: _Optional[str] = ..., dim: _Optional[int] = ..., trained_dims: _Optional[_Iterable[int]] = ..., max_tokens: _Optional[int] = ..., prompts: _Optional[_Mapping[str, str]] = ..., default_prompt_name: _Optional[str] = ..., default_truncate: _Optional[_Union[Truncate, str]] = ..., max_items: _Optional[int] = ..., max_request_tokens: _Optional[int] = ..., license: _Optional[str] = ..., verdict: _Optional[str] = ..., min_cosine: _Optional[float] = ..., version: _Optional[str] = ..., selection: _Optional[str] = ..., name: _Optional[str] = ..., models: _Optional[_Iterable[str]] = ..., state: _Optional[str] = ..., golden_cosine: _Optional[float] = ..., unverified: _Optional[str] = ..., policy_sha256: _Optional[str] = ...) -> None: ...
 
 class ReloadRequest(_message.Message):
     __slots__ = ("model", "engine")

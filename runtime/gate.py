@@ -1,0 +1,120 @@
+"""The gate: whether what a bundle records of an engine lets it answer, under a policy.
+
+It reads verdicts and runs nothing; `runtime.golden` is the check that runs the engine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from runtime.bundle import PREVIOUS_REPORT, REPORT, Bundle, EngineRecord, ParityRecord
+from runtime.files import sha256_file
+from runtime.policy import Policy, read_policy
+
+_HASH_DIGITS = 12  # of a hash in a message: enough to tell two apart, short enough to read
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What is asked of an engine: the limits, and whether one that was not shown to keep them may answer as well.
+
+    `allow_unverified` waives the verdict alone: hashes, fingerprint, tokenizer and golden vectors are always checked.
+    """
+
+    policy: Policy = field(default_factory=Policy)
+    allow_unverified: bool = False
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why an engine may not answer, in few words, and what to do. `failed`: it was compared, and missed a limit."""
+
+    reason: str
+    cure: str
+    failed: bool = False
+
+
+def open_gate(policy_file: str, allow_unverified: bool = False) -> Gate:
+    """Return the gate of a policy file, or of the shipped policy for "". Raises InputError as `read_policy`."""
+    return Gate(read_policy(Path(policy_file) if policy_file else None), allow_unverified)
+
+
+def refusal(bundle: Bundle, record: EngineRecord, policy: Policy) -> Refusal | None:
+    """Return why the verdict on an engine does not let it answer under this policy, or None when it does."""
+    parity = record.parity
+    if parity is None:
+        return Refusal("never compared with PyTorch", _run_parity(bundle, policy))
+    if parity.fingerprint != record.fingerprint:
+        reason = (
+            f"its verdict belongs to another engine, {_short(parity.fingerprint)} and not {_short(record.fingerprint)}"
+        )
+        return Refusal(reason, _run_parity(bundle, policy))
+    if parity.verdict != "pass":
+        return _not_passed(bundle, record, parity, policy)
+    # Both times are ISO 8601 in UTC, so their order is that of text. Older manifests do not say when it was made.
+    if record.made_at and parity.checked_at < record.made_at:
+        reason = f"its verdict of {parity.checked_at} is older than the engine, which was made {record.made_at}"
+        return Refusal(reason, _run_parity(bundle, policy))
+    if parity.policy_sha256 != policy.sha256:
+        under = f"the policy {_short(parity.policy_sha256)}" if parity.policy_sha256 else "no recorded policy"
+        return Refusal(
+            f"its verdict was reached under {under}; asked for is {policy.name}, {_short(policy.sha256)}",
+            f"{_run_parity(bundle, policy)}, or name the policy it was proven under with --policy FILE.",
+        )
+    return _overlapping(bundle, record, parity, policy) or _report_changed(bundle, parity, policy)
+
+
+def _not_passed(bundle: Bundle, record: EngineRecord, parity: ParityRecord, policy: Policy) -> Refusal:
+    if parity.verdict == "not_executed":
+        cure = f"{_run_parity(bundle, policy)}, on a machine that can execute it."
+        return Refusal("its verdict is not_executed", cure)
+    limit = policy.tolerance(record.precision).min_cosine
+    why = f"see {REPORT}"
+    if parity.min_cosine < limit:
+        why = f"smallest cosine {parity.min_cosine:.6f}, the limit for {record.precision} is {limit:g}"
+    return Refusal(f"its verdict is {parity.verdict} ({why})", _run_parity(bundle, policy), failed=True)
+
+
+def _overlapping(bundle: Bundle, record: EngineRecord, parity: ParityRecord, policy: Policy) -> Refusal | None:
+    # Texts that shaped an engine's ranges flatter it.
+    if parity.calibration_overlap is None and record.calibration_sha256 is not None:
+        reason = (
+            f"it is not known whether the texts it was compared on shaped its ranges (calibration texts "
+            f"{_short(record.calibration_sha256)}); none may"
+        )
+    elif parity.calibration_overlap:
+        reason = (
+            f"{parity.calibration_overlap} of the {parity.texts} texts it was compared on also shaped its ranges; "
+            "none may"
+        )
+    else:
+        return None
+    return Refusal(reason, f"{_run_parity(bundle, policy)}, on texts that it was not calibrated on.")
+
+
+def _report_changed(bundle: Bundle, parity: ParityRecord, policy: Policy) -> Refusal | None:
+    found = ""
+    for file in (REPORT, PREVIOUS_REPORT):
+        try:
+            found = sha256_file(bundle.path(file))
+        except OSError as error:
+            if file == REPORT:
+                reason = f"its verdict stands on {REPORT}, which cannot be read: {error.strerror}"
+                return Refusal(reason, _run_parity(bundle, policy))
+            continue
+        if found == parity.report_sha256:
+            return None
+    reason = (
+        f"{REPORT} is not the one its verdict stands on: SHA-256 {_short(found)} and not {_short(parity.report_sha256)}"
+    )
+    return Refusal(reason, _run_parity(bundle, policy))
+
+
+def _run_parity(bundle: Bundle, policy: Policy) -> str:
+    own = "" if policy.sha256 == Policy().sha256 else " --policy FILE"
+    return f"Run: f2rt parity {bundle.folder}{own}"
+
+
+def _short(digits: str) -> str:
+    return digits[:_HASH_DIGITS]
