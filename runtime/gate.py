@@ -94,17 +94,15 @@ def _overlapping(bundle: Bundle, record: EngineRecord, parity: ParityRecord, pol
 
 
 def _report_changed(bundle: Bundle, parity: ParityRecord, policy: Policy) -> Refusal | None:
-    found = ""
-    for file in (REPORT, PREVIOUS_REPORT):
-        try:
-            found = sha256_file(bundle.path(file))
-        except OSError as error:
-            if file == REPORT:
-                reason = f"its verdict stands on {REPORT}, which cannot be read: {error.strerror}"
-                return Refusal(reason, _run_parity(bundle, policy))
-            continue
-        if found == parity.report_sha256:
-            return None
+    try:
+        found = sha256_file(bundle.path(REPORT))
+    except OSError as error:
+        reason = f"its verdict stands on {REPORT}, which cannot be read: {error.strerror}"
+        return Refusal(reason, _run_parity(bundle, policy))
+    previous = bundle.path(PREVIOUS_REPORT)
+    # A comparison that died while it recorded leaves the old verdicts, and the report they stand on, beside the new.
+    if found == parity.report_sha256 or (previous.is_file() and sha256_file(previous) == parity.report_sha256):
+        return None
     reason = (
         f"{REPORT} is not the one its verdict stands on: SHA-256 {_short(found)} and not {_short(parity.report_sha256)}"
     )
