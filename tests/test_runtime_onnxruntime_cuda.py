@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from export.build import add_engine
-from runtime.bundle import Bundle, EngineRecord, open_bundle
+from runtime.bundle import Bundle, EngineRecord, open_bundle, timestamp
 from runtime.engines.onnxruntime import CPU, CUDA, OnnxRuntimeEngine, check_placement
 from runtime.errors import (
     EngineError,
@@ -95,7 +95,7 @@ def test_auto_passes_over_an_engine_that_does_not_open(bundle_copy: Bundle, monk
     def proven(record: EngineRecord) -> EngineRecord:
         parity = manifest.engines[0].parity
         assert parity is not None
-        return replace(record, parity=replace(parity, fingerprint=record.fingerprint))
+        return replace(record, parity=replace(parity, fingerprint=record.fingerprint, checked_at=timestamp()))
 
     write_manifest(bundle_copy.folder, replace(manifest, engines=[proven(e) for e in manifest.engines]))
     bundle = open_bundle(bundle_copy.folder)

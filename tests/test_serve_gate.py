@@ -28,7 +28,7 @@ from runtime.policy import Policy, read_policy, to_toml
 from runtime.serving import watch
 from runtime.tolerances import TOLERANCES
 from tests.bundles import edit_engines, edit_verdicts, without_golden
-from tests.serving import ServerProcess, f2rt
+from tests.serving import START_S, ServerProcess, f2rt
 from tests.serving_in_process import InProcess, held, wait_until
 
 LOOSE = Policy("loose", dict(TOLERANCES) | {"fp32": replace(TOLERANCES["fp32"], min_cosine=0.9)})
@@ -275,6 +275,32 @@ def test_checks_that_errors_start_have_a_pause_between_them(
         await golden_watch.stop()
         return clock.checks
 
-    checks = asyncio.run(scenario())
+    checks = asyncio.run(asyncio.wait_for(scenario(), START_S))
     for (_, ended_s), (begun_s, _) in itertools.pairwise(checks):
         assert begun_s - ended_s >= least_s - 0.01
+
+
+def test_a_watch_ends_also_when_an_answer_comes_in_the_same_instant(embedder: Embedder) -> None:
+    """A cancellation that is lost there would keep a reload, or the server's end, waiting for ever."""
+
+    async def scenario() -> None:
+        clock, answered = Clock(embedder, 0.0), asyncio.get_running_loop().create_future()
+        clock.run = lambda items: _result(answered)  # type: ignore[method-assign]
+        golden_watch = watch.GoldenWatch(
+            clock,  # type: ignore[arg-type]
+            embedder.loaded.expected,
+            lambda cosine, problem: None,
+            period_s=0.001,
+            timeout_s=60,
+        )
+        await asyncio.sleep(0.1)
+        answered.set_result(embedder.loaded.expected.embeddings[:1])
+        stopping = asyncio.create_task(golden_watch.stop())
+        done, _ = await asyncio.wait({stopping}, timeout=10)
+        assert done, "it goes on"
+
+    asyncio.run(scenario())
+
+
+async def _result(future: asyncio.Future[Any]) -> Any:
+    return await future

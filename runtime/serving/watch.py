@@ -66,7 +66,9 @@ class GoldenWatch:
         items = [TokenizedText(expected.ids[row], len(expected.ids[row])) for row in rows]
         cosine, problem = -1.0, None
         try:
-            vectors = await asyncio.wait_for(self._pipeline.run(items), self._timeout_s)
+            # Not `wait_for`: in Python 3.11 it loses a cancellation that comes with the result, and `stop` would not end.
+            async with asyncio.timeout(self._timeout_s):
+                vectors = await self._pipeline.run(items)
             part = replace(
                 expected,
                 texts=[expected.texts[row] for row in rows],
@@ -94,8 +96,9 @@ class GoldenWatch:
                 # The alarms are its own failed checks now: to answer each at once would be to check without a pause.
                 await asyncio.sleep(self._period_s)
             else:
-                with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(self._alarm.wait(), self._period_s)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self._period_s):
+                        await self._alarm.wait()
                     alarmed = True
             if alarmed:
                 await asyncio.sleep(max(self._alarms_from_s - loop.time(), 0.0))
