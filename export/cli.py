@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from export.diff_cli import diff_command
 from export.lock import WAIT_S, Wait
 from export.options import WaitOption, export_extra
 from export.parity_cli import parity_command
@@ -153,6 +154,7 @@ def synth_command(
 
 
 app.command("parity")(parity_command)
+app.command("diff")(diff_command)
 
 
 def main() -> None:
