@@ -333,8 +333,9 @@ def test_a_shorter_limit_moves_long_texts_alone(bundle_copy: Bundle, bundle: Bun
     long = Text("long", "The quick brown fox jumps over the lazy dog. " * 30)
     report = compared(bundle, other, [*TEXTS, long])
     assert report.moves is not None
-    assert report.moves.worst[0].id == "long"
-    assert report.moves.worst[0].tokens > 96
+    far = [t for t in report.moves.worst if t.cosine < 1 - 1e-6]
+    assert "long" in {t.id for t in far}
+    assert all(t.tokens > 96 for t in far)
     few = compared(bundle, other, [t for t in TEXTS if len(t.text) < 40])
     assert few.verdict == "identical vectors"
     assert few.notes[0].startswith("max_tokens differs and no text is that long (")
@@ -366,17 +367,19 @@ def made(count: int) -> list[Text]:
 
 def test_neighbours_alone_can_demand_a_re_embed() -> None:
     """Rows that barely move in an index where all are alike: cosines see nothing, the ten nearest are others."""
-    crowd = np.float32(1) * unit(1)[0] + 1e-3 * unit(200)
+    crowd = unit(1, seed=2)[0] + np.float32(0.05) * unit(200)
     a = (crowd / np.linalg.norm(crowd, axis=1, keepdims=True)).astype(np.float32)
-    moved = a + 5e-3 * unit(200, seed=1)
+    moved = a + 0.1 * unit(200, seed=1)
     b = (moved / np.linalg.norm(moved, axis=1, keepdims=True)).astype(np.float32)
     moves = measure(made(200), [1] * 200, a, b)
     assert moves.cosine is not None
-    assert moves.cosine.min > TOLERANCES["fp32"].min_cosine
-    judgement = judge(moves, "fp32")
+    assert moves.cosine.min > TOLERANCES["int8"].min_cosine
+    judgement = judge(moves, "int8")
     assert judgement.answer == "re-embed"
-    assert [r.split(" is ")[0] for r in judgement.reasons if "overlap" in r]
-    assert all("cosine" not in r for r in judgement.reasons)
+    assert [r.split(" is ")[0] for r in judgement.reasons] == [
+        "the top-10 overlap",
+        "the top-10 overlap of B's queries in an index of A",
+    ]
 
 
 def test_shares_count_what_moved_further() -> None:
@@ -403,7 +406,7 @@ def test_a_precision_without_limits_is_refused() -> None:
 def test_an_excerpt_does_nothing_to_a_terminal() -> None:
     assert (
         excerpt("a\x1b[31m\n\tred\x00 " + "x" * 100)
-        == "a\N{REPLACEMENT CHARACTER}[31m red\N{REPLACEMENT CHARACTER} " + "x" * 35
+        == "a\N{REPLACEMENT CHARACTER}[31m red\N{REPLACEMENT CHARACTER} " + "x" * 36
     )
 
 
