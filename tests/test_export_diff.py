@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
@@ -13,9 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from calibration.texts import Text, calibration_texts, verification_texts, write_lines
-from export import compare, diff, embedded
+from export import compare, diff, diff_report, embedded
 from export.checkpoint import Checkpoint
 from export.compare import choose, compare_bundles
 from export.diff import EVERY, Change, compare_contracts, compare_manifests, shortened
@@ -559,3 +561,13 @@ def test_values_are_words() -> None:
     assert diff._words(None) == "none"
     assert shortened(f"{HASH}, 5 bytes") == "0123456789ab, 5 bytes"
     assert shortened("checkpoints/mini, 12345678901234") == "checkpoints/mini, 12345678901234"
+
+
+def test_a_long_list_is_cut_on_the_terminal_alone() -> None:
+    changes = [Change("int8 graph: ranges", f"layer {i}", HASH, "none", "int8 engines") for i in range(30)]
+    changes.append(Change("versions", "f2rt", "1", "2", ""))
+    screen = Console(width=140, record=True, file=io.StringIO())
+    screen.print(diff_report._changes(changes))
+    lines = [" ".join(line.replace("│", " ").split()) for line in screen.export_text().splitlines()[2:]]
+    assert lines[0] == "int8 graph: ranges: layer 0 0123456789ab none int8 engines"
+    assert lines[8:] == ["int8 graph: ranges: 22 more, see --json int8 engines", "versions: f2rt 1 2 none"]
