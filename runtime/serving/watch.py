@@ -66,7 +66,7 @@ class GoldenWatch:
         items = [TokenizedText(expected.ids[row], len(expected.ids[row])) for row in rows]
         cosine, problem = -1.0, None
         try:
-            # Not `wait_for`: in Python 3.11 it loses a cancellation that comes with the result: `stop` would not end.
+            # Not `wait_for`: in Python 3.11 it loses a cancellation that comes with the result, and `stop` never ends.
             async with asyncio.timeout(self._timeout_s):
                 vectors = await self._pipeline.run(items)
             part = replace(
