@@ -232,8 +232,10 @@ def test_memory_runs_out_during_export(
     (tmp_path / "others.jsonl").write_bytes(write_lines(calibration_texts()[20:22]))
     command = ["export", mini, "--out", mini_bundle, "--precision", "fp32,fp16", "--calibration", texts, "--force"]
     status, output = squeezed(label, at, tmp_path / "others.jsonl", *command)
-    if status == -signal.SIGABRT:  # the tokenizer's library ends the process when it gets no memory: nothing to catch
-        assert "memory allocation of" in output
+    # The tokenizer's library ends the process when it gets no memory, and so does the loader for a new thread's own:
+    # nothing to catch.
+    if status in (-signal.SIGABRT, 127):
+        assert "memory allocation of" in output or "cannot allocate memory for thread-local data" in output
         assert (mini_bundle / "manifest.json").read_bytes() == before
         return
     assert status == 2, output
