@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,8 @@ from runtime.tolerances import Tolerance
 
 FOREIGN = "not f2rt's own graph: its layers have no names"
 NO_PLAN = "the bundle does not keep what its weights were multiplied with: export again"
+TWIN_FORM = ", uint8 form"
+_MORE = 1.5
 NOTHING_SHIFTED = "nothing had to be rescaled: its weights are those of the fp32 graph"
 
 
@@ -58,7 +61,17 @@ def follow(
         limits = policy.tolerance(precision if name.endswith("graph") or "form" in name else Precision.FP32)
         stages.append(stage(name, precision, found, expected[0], layer_names(config.layers), limits))
     progress("stages", len(steps), len(steps))
-    return stages
+    return [_of_kernels(s, stages) if s.name.endswith(TWIN_FORM) else s for s in stages]
+
+
+def _of_kernels(twin: Stage, stages: Sequence[Stage]) -> Stage:
+    """Say of the uint8 form what its kernels add: it is the int8 form's grid, so that nothing else can."""
+    form = next((s for s in stages if s.name == twin.name.removesuffix(TWIN_FORM)), None)
+    if form is None or not form.layers or not twin.layers or twin.layers[-1].rms < _MORE * form.layers[-1].rms:
+        return twin
+    times = twin.layers[-1].rms / form.layers[-1].rms
+    why = f"{times:.1f} times the int8 form's error on the same grid: 8-bit products saturate on a CPU without VNNI"
+    return replace(twin, guilty=f"{twin.guilty}; {why}" if twin.guilty else why)
 
 
 _States = Callable[[Sequence[Sequence[int]]], States]
@@ -88,7 +101,7 @@ def _steps(bundle: Bundle, graph: GraphRecord, checkpoint: Checkpoint) -> list[t
         steps.append((f"{verb} for {precision}, in float32", precision, how))
     steps.append((f"{precision} graph", precision, run(bundle.path(graph.model.file))))
     if graph.twin is not None:
-        steps.append((f"{precision} graph, uint8 form", precision, run(bundle.path(graph.twin.file))))
+        steps.append((f"{precision} graph{TWIN_FORM}", precision, run(bundle.path(graph.twin.file))))
     return steps
 
 

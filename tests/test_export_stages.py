@@ -20,7 +20,7 @@ from export.reference import Reference
 from export.report.data import LayerError, Stage
 from export.rescale import RescalePlan
 from export.samples import golden_of, make_samples
-from export.stages import FOREIGN, NOTHING_SHIFTED, follow, guilty
+from export.stages import FOREIGN, NOTHING_SHIFTED, _of_kernels, follow, guilty
 from runtime.bundle import Bundle, open_bundle, record_file, write_manifest
 from runtime.errors import BundleError
 from runtime.golden import Golden
@@ -151,3 +151,13 @@ def test_activations_come_from_the_bundle_itself(narrow_bundle: Bundle, tmp_path
     with pytest.raises(BundleError, match="SHA-256"):
         activations(copy)
     assert record_file(narrow_bundle.folder, record.file) == record
+
+
+def test_what_the_kernels_add_to_the_uint8_form_is_said() -> None:
+    def stage(name: str, rms: float) -> Stage:
+        return Stage(name, "int8", "pass", layers=[LayerError("layer 0", rms, rms)], guilty="layer 0: grows")
+
+    form = stage("int8 graph", 0.02)
+    assert _of_kernels(stage("int8 graph, uint8 form", 0.02), [form]).guilty == "layer 0: grows"
+    said = _of_kernels(stage("int8 graph, uint8 form", 0.05), [form]).guilty
+    assert said.startswith("layer 0: grows; 2.5 times the int8 form's error on the same grid")
