@@ -18,11 +18,23 @@ import httpx
 from bench.report import percentile
 from runtime._pb.f2rt.v1 import embedding_pb2 as pb
 from runtime._pb.f2rt.v1 import embedding_pb2_grpc as pb_grpc
+from runtime.client import retry_delay_s
 
 TIMEOUT_S = 60.0
-OK, REFUSED, FAILED = "ok", "refused", "failed"
+_RETRY_S = 0.01  # of a server that does not say
 
-Ask = Callable[[Sequence[str]], Awaitable[str]]
+
+@dataclass(frozen=True)
+class Answer:
+    """What became of a request; `retry_after_s` is when a server that refused asked to be asked again."""
+
+    kind: str
+    retry_after_s: float = _RETRY_S
+
+
+OK, REFUSED, FAILED = Answer("ok"), Answer("refused"), Answer("failed")
+
+Ask = Callable[[Sequence[str]], Awaitable[Answer]]
 
 
 @dataclass
@@ -35,12 +47,12 @@ class Outcomes:
     refused_ms: list[float] = field(default_factory=list)
     failed: int = 0
 
-    def add(self, outcome: str, texts: int, ms: float) -> None:
+    def add(self, outcome: Answer, texts: int, ms: float) -> None:
         """Count one request."""
-        if outcome == OK:
+        if outcome.kind == OK.kind:
             self.texts += texts
             self.ok_ms.append(ms)
-        elif outcome == REFUSED:
+        elif outcome.kind == REFUSED.kind:
             self.refused_ms.append(ms)
         else:
             self.failed += 1
@@ -61,7 +73,7 @@ class Outcomes:
 
 
 async def closed_loop(ask: Ask, requests: Sequence[Sequence[str]], callers: int, seconds: float) -> Outcomes:
-    """`callers` callers, each of which asks again when it has its answer."""
+    """`callers` callers, each of which asks again when it has its answer, or when the server that refused wants it."""
     outcomes, end = Outcomes(), time.perf_counter() + seconds
 
     async def call(number: int) -> None:
@@ -72,8 +84,8 @@ async def closed_loop(ask: Ask, requests: Sequence[Sequence[str]], callers: int,
             start = time.perf_counter()
             outcome = await ask(request)
             outcomes.add(outcome, len(request), 1e3 * (time.perf_counter() - start))
-            if outcome == REFUSED:
-                await asyncio.sleep(0.01)
+            if outcome.kind == REFUSED.kind:
+                await asyncio.sleep(min(outcome.retry_after_s, max(end - time.perf_counter(), 0)))
 
     start = time.perf_counter()
     await asyncio.gather(*(call(number) for number in range(callers)))
@@ -117,12 +129,14 @@ class GrpcAsker:
         self._channel = grpc.aio.insecure_channel(address, options=[("grpc.max_receive_message_length", -1)])
         self._embed = pb_grpc.EmbeddingServiceStub(self._channel).Embed  # type: ignore[no-untyped-call]
 
-    async def __call__(self, texts: Sequence[str]) -> str:
+    async def __call__(self, texts: Sequence[str]) -> Answer:
         """Embed texts; returns what became of it."""
         try:
             answer = await self._embed(pb.EmbedRequest(input=pb.EmbedInput(texts=texts)), timeout=TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
-            return REFUSED if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED else FAILED
+            if error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED:
+                return FAILED
+            return Answer(REFUSED.kind, retry_delay_s(error) or _RETRY_S)
         return OK if answer.rows == len(texts) else FAILED
 
     async def close(self) -> None:
@@ -139,14 +153,16 @@ class OpenAIAsker:
         self._url = url
         self._fields = {"model": model, "encoding_format": encoding}
 
-    async def __call__(self, texts: Sequence[str]) -> str:
+    async def __call__(self, texts: Sequence[str]) -> Answer:
         """Embed texts; returns what became of it."""
         try:
             answer = await self._client.post(self._url, json={"input": list(texts), **self._fields})
         except httpx.HTTPError:
             return FAILED
         if answer.status_code in (429, 503):
-            return REFUSED
+            told = answer.headers.get("retry-after-ms")
+            seconds = float(told) / 1e3 if told else float(answer.headers.get("retry-after", _RETRY_S))
+            return Answer(REFUSED.kind, seconds)
         return OK if answer.status_code == 200 and answer.content.count(b'"index"') == len(texts) else FAILED
 
     async def close(self) -> None:

@@ -352,7 +352,7 @@ class EmbeddingClient:
             )
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
             return InputError(f"the message is too large: {details}.", cure="Split the request.")
-        return _error(code, details, _retry_after_s(error))
+        return _error(code, details, retry_delay_s(error))
 
 
 def _error(code: grpc.StatusCode, details: str, retry_after_s: float | None) -> F2rtError:
@@ -362,8 +362,8 @@ def _error(code: grpc.StatusCode, details: str, retry_after_s: float | None) -> 
     return _ERRORS.get(code, EngineError)(details or f"the server answered {code.name}.")
 
 
-def _retry_after_s(error: Any) -> float | None:
-    """Return what a server's RetryInfo says, in seconds, or None."""
+def retry_delay_s(error: Any) -> float | None:
+    """Return what the RetryInfo of a grpc.RpcError says, in seconds, or None."""
     for name, value in error.trailing_metadata() or ():
         if name == "grpc-status-details-bin":
             for detail in status_pb2.Status.FromString(value).details:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from bench.load import FAILED, OK, REFUSED, closed_loop, open_loop
+from bench.load import FAILED, OK, REFUSED, Answer, closed_loop, open_loop
 from bench.serving import measure, mixed_texts, raw_texts_per_s
 from bench.soak import measure as soak
 from runtime.bundle import Bundle
@@ -22,7 +23,7 @@ REQUESTS = [["a"], ["b", "c"]]
 def test_the_closed_loop_waits_for_each_answer() -> None:
     inside = most = 0
 
-    async def ask(texts: Sequence[str]) -> str:
+    async def ask(texts: Sequence[str]) -> Answer:
         nonlocal inside, most
         inside += 1
         most = max(most, inside)
@@ -37,11 +38,23 @@ def test_the_closed_loop_waits_for_each_answer() -> None:
     assert outcomes.texts_per_s == pytest.approx(outcomes.texts / outcomes.seconds)
 
 
+def test_a_caller_that_was_refused_comes_back_when_it_was_told_to() -> None:
+    asked: list[float] = []
+
+    async def ask(texts: Sequence[str]) -> Answer:
+        asked.append(time.perf_counter())
+        return Answer(REFUSED.kind, 0.1)
+
+    outcomes = asyncio.run(closed_loop(ask, REQUESTS, 1, 0.45))
+    assert len(outcomes.refused_ms) == len(asked) <= 5
+    assert all(later - earlier >= 0.099 for earlier, later in itertools.pairwise(asked))
+
+
 def test_the_open_loop_counts_from_when_a_request_was_due() -> None:
     """A server that stalls once for 300 ms delays all that was due meanwhile, not one request."""
     stalled_until = 0.0
 
-    async def ask(texts: Sequence[str]) -> str:
+    async def ask(texts: Sequence[str]) -> Answer:
         nonlocal stalled_until
         if not stalled_until:
             stalled_until = time.perf_counter() + 0.3
@@ -57,7 +70,7 @@ def test_the_open_loop_counts_from_when_a_request_was_due() -> None:
 def test_outcomes_are_told_apart() -> None:
     kinds = iter([OK, REFUSED, FAILED] * 1000)
 
-    async def ask(texts: Sequence[str]) -> str:
+    async def ask(texts: Sequence[str]) -> Answer:
         await asyncio.sleep(0.001)
         return next(kinds)
 
