@@ -12,6 +12,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from tokenizers import Encoding, Tokenizer
+from tokenizers.models import BPE
 
 from runtime.bundle import Contract
 from runtime.errors import BundleError, InputError, NotFoundError
@@ -59,6 +60,7 @@ class TextTokenizer:
         # A file may carry its own truncation or padding: both are this class's business.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        _disable_cache(self._tokenizer)
         self.contract = contract
         ids = self._tokenizer.encode("").ids
         if ids != [contract.eos_id]:
@@ -156,6 +158,21 @@ class TextTokenizer:
         else:
             ids = [*ids[: limit - 1], eos]
         return TokenizedText(ids, count, rendered)
+
+
+def _disable_cache(tokenizer: Tokenizer) -> None:
+    """Have the library remember no words.
+
+    It keeps up to 10,000 of them, megabytes, for every thread and every BPE model that the thread has ever used, and
+    frees them when the thread ends, not when the tokenizer does. A server's threads live as long as it does: each of
+    them would hold the words of every tokenizer since the start, and every reload would add one. A word is split anew
+    instead: tokenization takes up to half as long again, about 1 % of the smallest model's inference on a CPU.
+    """
+    model = tokenizer.model
+    # The capacity has no public setter once the model is loaded. Other models' caches go with the tokenizer.
+    resize = getattr(model, "_resize_cache", None) if isinstance(model, BPE) else None
+    if resize is not None:
+        resize(0)
 
 
 def _check_unicode(what: str, text: str) -> None:

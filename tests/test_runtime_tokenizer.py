@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
+import platform
+import string
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +49,19 @@ def theirs(mini: Path) -> Any:
 @pytest.fixture(scope="module")
 def texts() -> list[Text]:
     return verification_texts()
+
+
+class _Mallinfo(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in ("arena", "a", "b", "c", "mapped", "d", "e", "used", "f", "g")]
+
+
+def native_bytes() -> int:
+    """Return what the process has allocated from glibc: not what the allocator keeps, and not Python's own objects."""
+    read = ctypes.CDLL(None).mallinfo2
+    read.restype = _Mallinfo
+    gc.collect()
+    found = read()
+    return int(found.used) + int(found.mapped)
 
 
 def limited(path: Path, contract: Contract, max_tokens: int, **changes: Any) -> TextTokenizer:
@@ -306,6 +323,23 @@ def test_truncation_and_padding_in_the_file_are_ignored(path: Path, contract: Co
     changed.write_text(json.dumps(raw), encoding="utf-8")
     texts = ["a", LONG]
     assert TextTokenizer(changed, contract).encode(texts) == TextTokenizer(path, contract).encode(texts)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what is allocated is asked of glibc")
+def test_dropped_tokenizers_leave_nothing_in_the_threads_that_used_them(path: Path, contract: Contract) -> None:
+    letters = string.ascii_lowercase
+    texts = [" ".join(f"wo{a}{b}{c}rd" for c in letters) for a in letters[:8] for b in letters[:16]]
+
+    def reload(times: int) -> None:
+        for _ in range(times):
+            TextTokenizer(path, contract).encode(texts)
+
+    with ThreadPoolExecutor(2) as threads:  # as a server's, they outlive every tokenizer
+        list(threads.map(reload, [1, 1]))
+        before = native_bytes()
+        list(threads.map(reload, [8, 8]))
+        grown = native_bytes() - before
+    assert grown < 1 << 20
 
 
 def test_tokenizer_with_another_eos_is_refused(path: Path, contract: Contract) -> None:
