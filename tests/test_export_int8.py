@@ -350,7 +350,7 @@ def test_a_smaller_budget_leaves_more_out(made: dict[str, Bundle], tmp_path: Pat
     assert (record.int8_share, record.excluded) == (1.0, [])
     assert [g.precision for g in bundle.manifest.graphs] == ["int8"]
     files = sorted(p.name for p in bundle.path("graphs").iterdir())
-    assert files == ["int8-uint8.onnx", "int8.onnx", "int8.onnx.data"]
+    assert files == ["int8-uint8.onnx", "int8.onnx", "int8.onnx.data", "int8.plan.npz"]
 
 
 @pytest.mark.parametrize("budget", ["0", "-1", "1.01", "nan"])
