@@ -13,7 +13,7 @@ import typer
 from export.lock import WAIT_S, Wait
 from export.options import WaitOption, export_extra
 from runtime import console
-from runtime.errors import InputError
+from runtime.errors import InputError, OutputError
 
 if TYPE_CHECKING:
     from calibration.texts import Text
@@ -97,7 +97,13 @@ def parity_command(
                     policy=limits,
                 )
         if recorded and any(not (bundle / file).is_file() for file in DERIVED_FILES):
-            write_derived(report, bundle / "parity")
+            try:
+                write_derived(report, bundle / "parity")
+            except OutputError as error:
+                if not all(e.kept for e in report.engines):
+                    raise
+                # Nothing new was found: a bundle on a disk that takes no writes is as good as before.
+                lines.append(f"report.html, report.md and junit.xml were not written: {error.message}")
         _print(bundle, report, lines, recorded=recorded, report_dir=report_dir)
     raise typer.Exit(_ANSWER[report.verdict])
 

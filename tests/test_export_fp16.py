@@ -162,7 +162,9 @@ def test_bf16_graph_is_made_and_has_no_cpu_engine(checkpoint: Checkpoint, tmp_pa
     assert [g.precision for g in bundle.manifest.graphs] == ["bf16"]
     assert bundle.manifest.engines == []
     onnx.checker.check_model(str(bundle.path("graphs/bf16.onnx")), full_check=True)
-    assert sorted(p.name for p in bundle.path("graphs").iterdir()) == ["bf16.onnx", "bf16.onnx.data"]
+    assert sorted(p.name for p in bundle.path("graphs").iterdir()) == [
+        *("bf16.onnx", "bf16.onnx.data", "bf16.plan.npz")
+    ]
 
 
 def test_balance_keeps_both_sides_in_range() -> None:
