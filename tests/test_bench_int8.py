@@ -72,7 +72,9 @@ def test_int8_speed_has_a_row_for_every_contestant(tmp_path: Path, monkeypatch: 
     shapes = said["shapes"]
     assert isinstance(shapes, list)
     for shape in shapes:
-        assert min(shape["min_cosine"].values()) > 0.9
+        # How far the other forms fall depends on the CPU: without VNNI 8-bit sums saturate.
+        assert all(-1 <= cosine <= 1 + 1e-9 for cosine in shape["min_cosine"].values())
+        assert min(shape["min_cosine"][name] for name in (OURS, FP32)) > 0.9
         assert shape["min_cosine"][TORCH] == pytest.approx(1)
         assert shape["fastest_peer"] in (TORCH, TORCH_BF16, *peers)
         assert set(shape["times_ms"]) == set(expected) - set(not_measured)
