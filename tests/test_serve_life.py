@@ -44,7 +44,9 @@ def server(bundle: Bundle) -> Iterator[ServerProcess]:
 
 
 def test_sigterm_finishes_what_was_admitted_and_refuses_the_rest(bundle: Bundle, embedder: Embedder) -> None:
-    with ServerProcess(bundle.folder) as server, server.client() as client, ThreadPoolExecutor(1) as pool:
+    # The long request may take a slow machine longer than a server waits by default.
+    patient = ("--set", "drain_s=120")
+    with ServerProcess(bundle.folder, *patient) as server, server.client() as client, ThreadPoolExecutor(1) as pool:
         with grpc.insecure_channel(server.address) as channel:
             watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=SERVICE_NAME))
             assert next(watch).status == SERVING
