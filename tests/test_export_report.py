@@ -19,8 +19,9 @@ from export.prove import prove_bundle
 from export.recorded import RecordedReference
 from export.report.ci import github_annotations, to_junit
 from export.report.data import ParityReport, Threshold, schema, to_json
-from export.report.html import headline, to_html, value_of
+from export.report.html import to_html
 from export.report.markdown import to_markdown
+from export.report.words import headline, value_of
 from runtime.bundle import Bundle, open_bundle
 from runtime.policy import Policy
 from runtime.tolerances import TOLERANCES

@@ -6,7 +6,7 @@ import re
 import xml.etree.ElementTree as ET
 
 from export.report.data import EngineReport, ParityReport
-from export.report.html import number, value_of
+from export.report.words import number, value_of
 
 _NOT_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from export.gate import loss_points
 from export.report.data import EngineReport, ParityReport
-from export.report.html import VERDICTS, distance, headline, number, value_of
+from export.report.words import VERDICTS, distance, headline, number, value_of
 
 _MARKS = {"pass": "✅", "fail": "❌", "not_executed": "⚪"}
 _SHOWN_WORST = 5
