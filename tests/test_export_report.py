@@ -37,7 +37,8 @@ def some_texts() -> list[Text]:
     texts = [t for t in shipped if len(t.text) < 400]
     pairs = [t for t in shipped if t.id.startswith("stdlib/") and len(t.text) < 700]
     ids = {t.id for t in pairs}
-    both = [t for t in pairs if t.id.removesuffix("?") in ids and f"{t.id.removesuffix('?')}?" in ids][:30]
+    whole = [name for name in sorted(ids) if f"{name}?" in ids][:15]
+    both = [t for t in pairs if t.id.removesuffix("?") in whole]
     return both + [t for t in texts if t.id.startswith("udhr/")][::12] + [t for t in texts if t.kind == "edge"][::6]
 
 
