@@ -79,8 +79,6 @@ def why_stale(bundle: Bundle, record: EngineRecord, report: ParityReport | None,
         return f"{REPORT} is missing, was changed, or is another version's"
     if parity.texts_sha256 != request.texts_sha256:
         return "the texts changed"
-    if old.tolerance not in (None, request.policy.limits.get(record.precision)):
-        return "the limits changed"
     if parity.policy_sha256 != request.policy.sha256:
         return "the policy changed"
     now = run_versions(record.backend)

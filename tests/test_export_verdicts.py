@@ -174,7 +174,7 @@ INSTALLED = importlib.metadata.version("onnxruntime")
 @pytest.mark.parametrize(
     ("change", "who", "why"),
     [
-        (other_limits, {FP16}, "the limits changed"),
+        (other_limits, {FP32, FP16}, "the policy changed"),
         (other_onnxruntime, {FP32, FP16}, f"onnxruntime (1.0 to {INSTALLED}) changed"),
         (other_f2rt, {FP32, FP16}, "f2rt (0.1.0 to 99.0) changed"),
         (damaged_report, {FP32, FP16}, NO_REPORT),
