@@ -12,6 +12,7 @@ from collections import deque
 
 _FORGET = 0.98  # weight of what was known before, per observation: about fifty batches are remembered
 _EVENTS = 128  # arrivals and answers that the pressure is taken over
+_LEAST_EVENTS = 64  # before it says anything
 _LEAST_SPREAD = 0.05  # of the token counts, relative: below it the slope cannot be told from the intercept
 
 
@@ -94,7 +95,7 @@ class Pressure:
     @property
     def ratio(self) -> float:
         """Requests that came for each one served; 1 while too little is known."""
-        if len(self._events) < _EVENTS:
+        if len(self._events) < _LEAST_EVENTS:
             return 1.0
         return self._arrived / max(len(self._events) - self._arrived, 1)
 

@@ -110,6 +110,7 @@ class FairQueue:
         self._virtual = 0.0
         self._numbers = itertools.count()
         self._busy_since_s: float | None = None
+        self._lasting = False  # whether it has been busy for longer than a burst
         self._pressure = Pressure()
         self._mean_tokens = 0.0  # of a request
 
@@ -123,7 +124,7 @@ class FairQueue:
         latency and not one answer: it is then kept at a few batches.
         """
         settings = self._settings
-        self._pressure.arrived()
+        self._note_arrival(now_s)
         self._check_requests()
         for waiting, limit, what in (
             (self.items, settings.max_waiting_items, "texts"),
@@ -131,7 +132,7 @@ class FairQueue:
         ):
             if waiting >= limit:
                 self._refuse(f"{waiting} {what} are waiting; the limit is {limit}")
-        if self.is_overloaded(now_s):
+        if self.is_overloaded:
             wait_ms, standing_ms = self.wait_ms(int(self._mean_tokens)), self.standing_wait_ms
             if wait_ms > standing_ms:
                 self._refuse(
@@ -144,14 +145,31 @@ class FairQueue:
         if self._tickets >= limit:
             self._refuse(f"{self._tickets} requests are waiting; the limit is {limit}")
 
-    def is_overloaded(self, now_s: float) -> bool:
-        """Whether requests have been waiting for `burst_ms` without a pause while more came than were answered.
+    def turned_away(self) -> None:
+        """Take note that a request which passed the door was refused for what it asks, so that nobody serves it."""
+        self._note_end()
 
-        Both are needed: callers that each wait for their answer keep a queue, and never ask for more than is done.
-        """
+    def _note_arrival(self, now_s: float) -> None:
         since_s = self._busy_since_s
         lasting = since_s is not None and 1e3 * (now_s - since_s) > self._settings.burst_ms
-        return lasting and self._pressure.ratio > self._settings.overload
+        if lasting and not self._lasting:
+            self._pressure = Pressure()  # what filled the queue at first was a burst
+        self._lasting = lasting
+        if lasting:
+            self._pressure.arrived()
+
+    def _note_end(self) -> None:
+        if self._lasting:
+            self._pressure.served()
+
+    @property
+    def is_overloaded(self) -> bool:
+        """Whether requests have been waiting for `burst_ms` without a pause, and since then more came than were served.
+
+        Both are needed: callers that each wait for their answer fill a queue once, however many they are, and then ask
+        for no more than is done.
+        """
+        return self._lasting and self._pressure.ratio > self._settings.overload
 
     @property
     def standing_wait_ms(self) -> float:
@@ -304,7 +322,7 @@ class FairQueue:
         else:
             ticket.open = False
             self._tickets -= 1
-            self._pressure.served()
+            self._note_end()
 
     def _push(self, ticket: Ticket, start: float) -> None:
         ticket.tag = start + ticket.lengths[ticket.order[0]]
@@ -321,6 +339,7 @@ class FairQueue:
         if not self._tickets:
             self._heap.clear()
             self._busy_since_s = None
+            self._lasting = False
             self._virtual = 0.0
 
     def _refuse(self, reason: str) -> None:

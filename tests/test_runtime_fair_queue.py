@@ -220,17 +220,35 @@ def test_overload_keeps_the_queue_short_and_a_burst_does_not() -> None:
     assert waiting.wait_ms(10) <= waiting.standing_wait_ms + 2 * cost.batch_ms(10)
 
 
-def test_callers_that_wait_for_their_answers_are_no_overload() -> None:
-    waiting = FairQueue(Limits(max_batch_rows=1), SchedulingSettings(), known(10.0, 0.01))
+@pytest.mark.parametrize("callers", [8, 64, 400])
+def test_callers_that_wait_for_their_answers_are_no_overload(callers: int) -> None:
+    """Each request takes 10 ms. All callers come at once and fill the queue; each answer lets one of them ask again."""
+    settings = SchedulingSettings(max_wait_ms=5000, burst_ms=200, standing_batches=1, efficiency=0.5)
+    waiting = FairQueue(Limits(max_batch_rows=1), settings, known(0.1, 1.0))
     now_s = 0.0
-    for _ in range(64):
+    for _ in range(callers):
         waiting.check_door(now_s)
         waiting.admit(Ticket([10]), now_s)
-    for _ in range(1000):  # each answer lets one of them ask again
+    for _ in range(1000):
         now_s += 0.01
         assert waiting.next_batch(now_s) is not None
         waiting.check_door(now_s)
         waiting.admit(Ticket([10]), now_s)
+
+
+def test_what_is_turned_away_for_what_it_asks_is_no_overload() -> None:
+    """Three of four requests pass the door and are then found to be wrong: the engine has nothing to do with them."""
+    settings = SchedulingSettings(max_wait_ms=5000, burst_ms=200, standing_batches=1, efficiency=0.5)
+    waiting = FairQueue(Limits(max_batch_rows=1), settings, known(0.1, 1.0))
+    for turn in range(1000):
+        now_s = 0.01 * turn
+        waiting.check_door(now_s)
+        waiting.admit(Ticket([10]), now_s)
+        for _ in range(3):
+            waiting.check_door(now_s)
+            waiting.turned_away()
+        if turn >= 15:
+            assert waiting.next_batch(now_s) is not None
 
 
 def test_an_item_without_tokens() -> None:

@@ -186,7 +186,8 @@ def test_openai_vectors(stock_openai: Any, embedder: Embedder) -> None:
         assert answer["model"] == "mini"
         assert answer["tokens"] == [sum(len(item.ids) for item in expected.items)] * 2
         assert answer["fingerprint"] == embedder.fingerprint
-    same(stock_openai["default"]["vectors"], stock_openai["float"]["vectors"], exactly=True)
+    # How four texts share batches follows the learned cost, so these are equal up to the last bits too.
+    same(stock_openai["default"]["vectors"], stock_openai["float"]["vectors"])
 
 
 def test_openai_forms_of_input(stock_openai: Any, embedder: Embedder) -> None:

@@ -82,6 +82,28 @@ def test_too_many_waiting_is_refused_with_the_time_to_come_back(embedder: Embedd
         assert server.metric("f2rt_rejected_requests_total", model="mini", reason="resource_exhausted") == 2
 
 
+def test_requests_that_are_wrong_are_not_taken_for_overload(embedder: Embedder) -> None:
+    """They pass the door and never reach the engine: others must not be refused because of them."""
+    engine, own = held(embedder)
+    with InProcess(own, scheduling=SchedulingSettings(burst_ms=1.0, max_wait_ms=1e9)) as server:
+        queue = server.model.pipeline._queue
+        queue.cost.observe(1, 1000.0)
+        absent = pb.EmbedRequest(input=pb.EmbedInput(texts=["a"], prompt_name="no such prompt"))
+        with server.channel() as channel:
+            stub = server.stub(channel)
+            waiting = [stub.Embed.future(ids_request([5] * 100)) for _ in range(8)]
+            engine.wait_begun(1)
+            wait_queued(server, 7)
+            for _ in range(100):
+                wrong = failure(lambda: stub.Embed(absent))
+                assert wrong.code() is grpc.StatusCode.NOT_FOUND
+            waiting.append(stub.Embed.future(ids_request([7])))
+            wait_queued(server, 8)
+            engine.allow(10)
+            for answer in waiting:
+                answer.result()
+
+
 @pytest.mark.parametrize(
     ("limits", "what"),
     [({"max_waiting_items": 3}, "3 texts are waiting"), ({"max_waiting_tokens": 6}, "6 tokens are waiting")],
@@ -258,7 +280,8 @@ def test_a_vector_that_has_a_batch_to_itself_is_not_copied(embedder: Embedder) -
         assert one.vectors is made[-1]
         equal = server.model.answer(EmbedCall(token_ids=[[5, 6], [7, 8]]), lambda job, pipeline: None)
         assert equal.vectors is made[-1]
-        other = server.model.answer(EmbedCall(token_ids=[[5], [7, 8]]), lambda job, pipeline: None)
+        # The longer one comes first, whether they share a batch or not: its rows are in another order.
+        other = server.model.answer(EmbedCall(token_ids=[[7, 8], [5]]), lambda job, pipeline: None)
         assert not any(other.vectors is array for array in made)
 
 

@@ -224,16 +224,21 @@ class Pipeline:
     def _tokenize(self, job: Job, most: int) -> None:
         """Tokenize the next `most` texts of a request, or take its token ids as they are."""
         call, embedder = job.call, self.embedder
-        if call.token_ids:
-            job.items = embedder.verbatim(call.token_ids)
-            return
         first = len(job.items)
-        if not first:
-            embedder.check_texts(call.texts, call.instruction)
-        texts = call.texts[first : first + most]
-        job.items += embedder.encode(texts, call.instruction, call.truncate or self._truncate, first=first)
-        if len(job.items) == len(call.texts):
-            embedder.check_tokens(job.items)
+        try:
+            if call.token_ids:
+                job.items = embedder.verbatim(call.token_ids)
+                return
+            if not first:
+                embedder.check_texts(call.texts, call.instruction)
+            texts = call.texts[first : first + most]
+            job.items += embedder.encode(texts, call.instruction, call.truncate or self._truncate, first=first)
+            if len(job.items) == len(call.texts):
+                embedder.check_tokens(job.items)
+        except F2rtError:
+            with self._lock:
+                self._queue.turned_away()
+            raise
 
     def _tokenize_in_turns(self, job: Job) -> None:
         """Tokenize a part of a request, and go to the end of the line for the rest; then queue it."""
