@@ -18,6 +18,7 @@ from export.layers import graph_states, layer_names, shifted_states
 from export.plans import read_plan, write_plan
 from export.reference import Reference
 from export.report.data import LayerError, Stage
+from export.report.words import guilty_steps
 from export.rescale import RescalePlan
 from export.samples import golden_of, make_samples
 from export.stages import FOREIGN, NOTHING_SHIFTED, _of_kernels, follow, guilty
@@ -138,6 +139,22 @@ def test_guilt_is_where_the_error_grows_most_and_infinity_is_guilty_at_once() ->
     assert guilty(errors(0.1, 0.2, 0.9)).startswith("layer 2: the error grows from 2.0e-01 to 9.0e-01 there, 78%")
     assert guilty(errors(0.1, float("inf"), float("inf"))).startswith("layer 1: the first with values")
     assert guilty(errors(0.0, 0.0)) == ""
+
+
+def test_the_guilty_step_is_the_one_that_adds_most() -> None:
+    def stage(name: str, precision: str, rms: float) -> Stage:
+        return Stage(name, precision, "pass", layers=[LayerError("first", 9.0, 9.0), LayerError("last", rms, rms)])
+
+    fp32 = stage("fp32 graph", "fp32", 1e-6)
+    idle = Stage("rescaled for fp16", "fp16", "not_executed", reason="no plan")
+    assert guilty_steps([fp32]) == []
+    assert guilty_steps([fp32, idle, stage("fp16 graph", "fp16", 1e-3)]) == [
+        "fp16: the largest step is fp16 graph, from 1.0e-06 to 1.0e-03"
+    ]
+    smoothed = [stage("smoothed", "int8", 0.05), stage("int8 graph", "int8", 0.06), stage("uint8 form", "int8", 0.05)]
+    assert guilty_steps([fp32, *smoothed]) == ["int8: the largest step is smoothed, from 1.0e-06 to 5.0e-02"]
+    broken = [stage("smoothed", "int8", float("inf")), stage("int8 graph", "int8", float("inf"))]
+    assert guilty_steps([fp32, *broken]) == ["int8: the largest step is smoothed, from 1.0e-06 to inf"]
 
 
 def test_activations_come_from_the_bundle_itself(narrow_bundle: Bundle, tmp_path: Path) -> None:

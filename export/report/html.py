@@ -10,7 +10,7 @@ from export.gate import loss_points
 from export.report import charts
 from export.report.data import ParityReport
 from export.report.terminal import describe_graph
-from export.report.words import VERDICTS, distance, headline, number, value_of
+from export.report.words import VERDICTS, distance, guilty_steps, headline, number, value_of
 
 _LENGTH_ORDER = ("1-16", "17-64", "65-256", "257-1024", "1025-4096", "over 4096")
 _KIND_ORDER = ("query", "document", "long", "code", "edge")
@@ -41,6 +41,7 @@ def to_html(report: ParityReport) -> str:
         executed=charts.drawn_engines(report),
         charts=_charts(report),
         colours={e.engine: charts.colour_of(i) for i, e in enumerate(charts.drawn_engines(report))},
+        steps=guilty_steps(report.stages),
         graphs=[(g, describe_graph(g)) for g in report.graphs],
         invariance=INVARIANCE,
         value_of=value_of,

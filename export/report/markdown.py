@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from export.gate import loss_points
 from export.report.data import EngineReport, ParityReport
-from export.report.words import VERDICTS, distance, headline, number, value_of
+from export.report.words import VERDICTS, distance, guilty_steps, headline, number, value_of
 
 _MARKS = {"pass": "✅", "fail": "❌", "not_executed": "⚪"}
 _SHOWN_WORST = 5
@@ -75,7 +75,9 @@ def _stages(report: ParityReport) -> str:
         ]
         for s in report.stages
     ]
-    return _details("From PyTorch to each graph", _table(["stage", "verdict", "1 - min cosine", "error enters"], rows))
+    table = _table(["stage", "verdict", "1 - min cosine", "error enters"], rows)
+    steps = "\n".join(f"- {_escape(step)}" for step in guilty_steps(report.stages))
+    return _details("From PyTorch to each graph", f"{table}\n\n{steps}" if steps else table)
 
 
 def _retrieval(report: ParityReport) -> str:

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text as Line
 
 from export.report.data import EngineReport, ParityReport
+from export.report.words import guilty_steps
 from runtime.bundle import GraphRecord, Verdict
 
 _SHOWN_WORST = 5
@@ -36,6 +37,8 @@ def print_report(report: ParityReport, console: Console) -> None:
     if report.stages:
         console.print(Line("from PyTorch to each graph", style="bold"))
         console.print(_stages(report))
+        for step in guilty_steps(report.stages):
+            console.print(step, markup=False, highlight=False)
     policy = f"policy {report.policy.name} {report.policy.sha256[:12]}"
     console.print(_stamp(report.verdict), f"in {report.duration_s:.1f} s, {policy}")
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from export.report.data import ParityReport, Threshold
+from collections.abc import Sequence
+from math import isfinite
+
+from export.report.data import ParityReport, Stage, Threshold
 
 VERDICTS = {"pass": "PASS", "fail": "FAIL", "not_executed": "NOT EXECUTED"}
 
@@ -22,6 +25,32 @@ def headline(report: ParityReport) -> str:
 
 def _engines(count: int) -> str:
     return f"{count} engine" if count == 1 else f"{count} engines"
+
+
+def guilty_steps(stages: Sequence[Stage]) -> list[str]:
+    """Name the step of each precision that adds most to the error after the last layer; none where there is one step.
+
+    Each precision's steps begin where the fp32 graph's end.
+    """
+    ends = {s.name: s.layers[-1].rms for s in stages if s.layers}
+    chains: dict[str, list[str]] = {}
+    for stage in stages:
+        if stage.layers:
+            chains.setdefault(stage.precision, []).append(stage.name)
+    trunk = chains.get("fp32", [])
+    said = []
+    for precision, own in chains.items():
+        chain = own if own is trunk else trunk + own
+        if len(chain) < 2:
+            continue
+        befores = [0.0, *(ends[name] for name in chain[:-1])]
+        # From infinity on nothing grows any more: the first to get there is the guilty one.
+        growth = [ends[name] - before if isfinite(before) else 0.0 for name, before in zip(chain, befores, strict=True)]
+        worst = max(range(len(chain)), key=growth.__getitem__)
+        if growth[worst] > 0:
+            name, before = chain[worst], befores[worst]
+            said.append(f"{precision}: the largest step is {name}, from {before:.1e} to {ends[name]:.1e}")
+    return said
 
 
 def distance(cosine: float) -> str:
