@@ -8,6 +8,7 @@ BACKENDS ?= onnxruntime tensorrt-rtx
 TARGETS ?= sm80 sm89 sm120
 PROFILE ?= latency
 ENGINE  ?= auto
+WORKERS ?= 4
 SECONDS_GPU ?= 1500
 GRPC    ?= 127.0.0.1:50051
 HTTP    ?= 127.0.0.1:8080
@@ -55,7 +56,7 @@ type: setup  ## mypy --strict
 	$(BIN)/mypy
 
 test: setup $(CLIENTS_STAMP)  ## the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -p tests.pinning --numprocesses auto --maxprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # The precisions and backends that are compiled; ONNX Runtime needs no build.
 COMPILED := $(filter fp16 bf16 int8,$(PRECISIONS))

@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from bench.compiler_says import Saying, ask
 from bench.latency import OURS, Run, Shape, compare, say
-from bench.report import Result, median, physical_cores
+from bench.report import Result, median
 from bench.stock_export import export_stock
 from calibration.texts import calibration_texts
 from export.checkpoint import Checkpoint
@@ -27,6 +27,7 @@ from export.precision import Precision
 from export.synth import SIZES, write_checkpoint
 from runtime.batch import make_batch
 from runtime.bundle import Bundle
+from runtime.cores import usable_cores
 from runtime.errors import InputError
 from runtime.loader import open_raw_engine
 from runtime.settings import EngineSettings
@@ -103,7 +104,7 @@ def _taken_in(checkpoint: Checkpoint, source: Path, target: Path) -> tuple[Bundl
 def _latency(checkpoint: Checkpoint, bundles: dict[str, tuple[Bundle, Precision]], seconds: float) -> list[Shape]:
     """Time the fp32 graphs: float16 is no faster on a CPU without it, and says nothing about the graph."""
     engines = {
-        name: open_raw_engine(b, b.engine(f"onnxruntime:{p}"), EngineSettings(threads=physical_cores()))
+        name: open_raw_engine(b, b.engine(f"onnxruntime:{p}"), EngineSettings(threads=usable_cores()))
         for name, (b, p) in bundles.items()
         if p is Precision.FP32
     }
@@ -130,7 +131,7 @@ def _result(size: str, seconds: float, given: Path | None, graphs: list[Graph], 
     version = next((g.saying.version for g in graphs if g.saying.version), "?")
     return Result(
         name="graphs",
-        title=f"Graphs of {size}: nodes, {physical_cores()} CPU threads, TensorRT-RTX {version} for {TARGET}",
+        title=f"Graphs of {size}: nodes, {usable_cores()} CPU threads, TensorRT-RTX {version} for {TARGET}",
         command=f"python -m bench graphs --size {size} --seconds {seconds:g}"
         + (" --from-onnx FOLDER" if given is not None else ""),
         columns=["graph", "nodes", *(f"{r} x {t}, median ms" for r, t in SHAPES), "TensorRT-RTX"],
@@ -146,7 +147,7 @@ def _result(size: str, seconds: float, given: Path | None, graphs: list[Graph], 
         ],
         data={
             "size": size,
-            "threads": physical_cores(),
+            "threads": usable_cores(),
             "agree": agree,
             "graphs": [{"name": g.name, "nodes": g.nodes, "tensorrt_rtx": asdict(g.saying)} for g in graphs],
             "shapes": [

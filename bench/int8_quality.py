@@ -19,7 +19,7 @@ import numpy as np
 from bench.inputs import private_cache, spread
 from bench.latency import say
 from bench.other_forms import DYNAMIC, NAMES, STATIC, WEIGHTS, WHAT, make_form
-from bench.report import Result, physical_cores
+from bench.report import Result
 from calibration.texts import Text, calibration_texts, verification_texts
 from export.checkpoint import Checkpoint
 from export.graphs import TWIN
@@ -31,6 +31,7 @@ from export.samples import make_samples
 from export.synth import default_tokenizer
 from runtime.batch import Batch
 from runtime.bundle import Bundle
+from runtime.cores import usable_cores
 from runtime.engines.onnxruntime import OnnxRuntimeEngine
 from runtime.errors import InputError
 from runtime.golden import row_cosines
@@ -125,7 +126,7 @@ def _engines(
     rendered = [prompts.get(text.prompt or "", "") + text.text for text in calibration]
     sequences = [item.ids for item in tokenizer.encode(rendered, Instruction(prompt=""))]
     paths |= {NAMES[kind]: make_form(kind, fp32, work / kind, sequences) for kind in FORMS}
-    settings = EngineSettings(threads=physical_cores())
+    settings = EngineSettings(threads=usable_cores())
     for name, path in paths.items():
         engine = OnnxRuntimeEngine(path, name=name, precision="int8", fingerprint="", settings=settings)
         yield name, engine.run

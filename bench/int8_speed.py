@@ -20,7 +20,7 @@ from bench.kernels import Kernels, profile
 from bench.latency import TORCH, TORCH_BF16, say, stock_transformers
 from bench.other_forms import DYNAMIC, NAMES, WEIGHTS, WHAT, make_form
 from bench.peers import PEERS, Peer, start_peer
-from bench.report import Result, physical_cores
+from bench.report import Result
 from bench.turns import Contestant, InProcess, Turns, take_turns
 from export.checkpoint import Checkpoint
 from export.hub import locate
@@ -30,6 +30,7 @@ from export.precision import Precision
 from export.synth import SIZES, default_tokenizer, write_checkpoint
 from runtime.batch import Batch, make_batch
 from runtime.bundle import Bundle, open_bundle
+from runtime.cores import usable_cores
 from runtime.engines.onnxruntime import OnnxRuntimeEngine
 from runtime.errors import InputError
 from runtime.loader import open_raw_engine
@@ -89,7 +90,7 @@ def measure(size: str, work: Path, seconds: float, calibration: int, bundle: Pat
     `calibration` counts the short texts that INT8 is made on. A `bundle` with fp32 and int8 is taken as it is instead,
     with the checkpoint it was made of. Raises InputError for an unknown size, and what opening a bundle raises.
     """
-    threads = physical_cores()
+    threads = usable_cores()
     opened = open_bundle(bundle) if bundle else _made(size, work, calibration)
     checkpoint = Checkpoint.open(locate(opened.manifest.source.id))
     if bundle:

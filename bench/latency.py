@@ -19,13 +19,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.report import Result, median, physical_cores
+from bench.report import Result, median
 from export.checkpoint import Checkpoint
 from export.hub import locate
 from export.pipeline import export_bundle
 from export.precision import Precision
 from export.synth import SIZES, write_checkpoint
 from runtime.batch import Batch, make_batch
+from runtime.cores import usable_cores
 from runtime.errors import InputError
 from runtime.loader import open_raw_engine
 from runtime.settings import EngineSettings
@@ -67,7 +68,7 @@ def measure(size: str, work: Path, seconds: float) -> Result:
         write_checkpoint(size, checkpoint)
         opened = Checkpoint.open(locate(str(checkpoint)))
         exported = export_bundle(opened, bundle, [Precision.FP32])
-        cores = physical_cores()
+        cores = usable_cores()
         engine = open_raw_engine(exported, exported.engine("onnxruntime:fp32"), EngineSettings(threads=cores))
         contestants: dict[str, Run] = {
             OURS: engine.run,

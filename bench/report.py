@@ -19,6 +19,7 @@ from rich.table import Table
 
 import runtime
 from runtime import console
+from runtime.cores import physical_cores
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -57,16 +58,6 @@ def machine(packages: Sequence[str]) -> Machine:
     return Machine(
         _cpu(), physical_cores(), round(ram_bytes / 2**30, 1), system, round(os.getloadavg()[2], 1), versions
     )
-
-
-def physical_cores() -> int:
-    """Return the cores this process may use, two threads of one core counting as one."""
-    allowed = os.sched_getaffinity(0)
-    siblings = set()
-    for cpu in allowed:
-        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        siblings.add(path.read_text().strip() if path.is_file() else str(cpu))
-    return len(siblings)
 
 
 def percentile(values: Sequence[float], percent: float) -> float:

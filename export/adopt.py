@@ -27,6 +27,7 @@ from export.external_data import ALIGNMENT_BYTES
 from export.foreign import ATTENTION_MASK, INPUT_IDS, OWN_GRAPH, POSITION_IDS, ForeignGraph
 from runtime.batch import Batch, make_batch
 from runtime.bundle import GraphRecord, Origin, record_file
+from runtime.cores import usable_cores
 from runtime.errors import InputError
 from runtime.golden import row_cosines
 
@@ -268,6 +269,7 @@ def _check(source: Path, graph: Path, config: EncoderConfig, pad_id: int) -> Non
 def _session(source: Path, graph: Path) -> onnxruntime.InferenceSession:
     """Open the graph as it stands: without optimizing or repacking, its weights stay mapped and need no memory."""
     options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = usable_cores()
     options.log_severity_level = 4
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.disable_prepacking", "1")

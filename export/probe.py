@@ -25,6 +25,7 @@ from calibration.statistics import Rows, Statistics, merge, pack, pack_rows, per
 from export.cache import explain_cache_errors
 from export.config import EncoderConfig
 from export.encoder import IR_VERSION
+from runtime.cores import usable_cores
 from runtime.errors import EngineError, InputError, OutputError
 from runtime.files import cache_folder, explain_write_errors, write_atomic
 
@@ -271,6 +272,7 @@ def open_part(graph: Path, part: ir.Graph) -> onnxruntime.InferenceSession:
     for value in part.outputs:
         value.type = ir.TensorType(ir.DataType.FLOAT)
     options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = usable_cores()
     options.log_severity_level = 3
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(graph.parent))
     proto = ir.to_proto(ir.Model(part, ir_version=IR_VERSION)).SerializeToString()

@@ -17,8 +17,8 @@ def _at_least(name: str, value: float, least: float) -> None:
 class EngineSettings:
     """How an engine uses the machine.
 
-    On CPU, `threads` 0: one per physical core; `spin`: threads poll between batches. On a GPU, `cuda_graphs`: shapes
-    that come back are replayed as CUDA graphs.
+    On CPU, `threads` 0: one per core (`runtime.cores`); `spin`: threads poll between batches. On a GPU, `cuda_graphs`:
+    shapes that come back are replayed as CUDA graphs.
     """
 
     threads: int = 0

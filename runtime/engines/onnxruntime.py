@@ -16,6 +16,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from runtime.batch import Batch
+from runtime.cores import usable_cores
 from runtime.engines.buckets import Bucket
 from runtime.errors import (
     EngineError,
@@ -53,7 +54,7 @@ class OnnxRuntimeEngine:
         self.max_tokens: int | None = None
         self.buckets: Sequence[Bucket] = ()
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = settings.threads
+        options.intra_op_num_threads = settings.threads or usable_cores()
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         # Of products with 8-bit weights alone: the largest blocks the kernel takes, a quarter faster than its default.
