@@ -7,7 +7,6 @@ its own flag or `--set max_wait_ms=...`. Models are `[NAME=]BUNDLE[@ENGINE]`, or
 from __future__ import annotations
 
 import difflib
-import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -26,6 +25,7 @@ from runtime.settings import (
     TlsSettings,
 )
 from runtime.tokenizer import Truncate
+from runtime.toml_text import toml_value
 
 Value = str | int | float | bool
 
@@ -72,11 +72,12 @@ class ServeConfig:
         """Return the settings as a file that says the same. Keys are in their own file, which is named, not shown."""
         lines = []
         for name, value in self.values.items():
-            source = self.sources.get(name)
-            lines.append(f"{name} = {json.dumps(value)}" + (f"  # {source}" if source else ""))
+            source = self.sources.get(name, "")
+            comment = f"  # {source if source.isprintable() else ascii(source)}" if source else ""
+            lines.append(f"{name} = {toml_value(value)}{comment}")
         for model in self.models:
-            lines += ["", "[[model]]", f"name = {json.dumps(model.name)}", f"bundle = {json.dumps(model.bundle)}"]
-            lines.append(f"engine = {json.dumps(model.engine)}")
+            table = {"name": model.name, "bundle": model.bundle, "engine": model.engine}
+            lines += ["", "[[model]]", *(f"{name} = {toml_value(value)}" for name, value in table.items())]
         return "\n".join(lines) + "\n"
 
 

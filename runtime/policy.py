@@ -14,7 +14,6 @@ verdict, so a server notices one that was reached under other limits.
 from __future__ import annotations
 
 import hashlib
-import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -26,6 +25,7 @@ import msgspec
 from runtime.errors import InputError
 from runtime.files import explain_read_errors
 from runtime.tolerances import TOLERANCES, Tolerance
+from runtime.toml_text import toml_value
 
 _COSINES = ("min_cosine", "mean_cosine")
 _NAMES = tuple(f.name for f in fields(Tolerance))
@@ -106,9 +106,7 @@ def _section(path: Path, precision: str, section: dict[str, Any]) -> dict[str, f
 
 def to_toml(policy: Policy) -> str:
     """Return the policy as a file that `read_policy` takes, every limit spelt out."""
-    # A JSON string is a TOML string, but for surrogates, which TOML does not know, and DEL, which it wants escaped.
-    name = json.dumps(policy.name, ensure_ascii=False).replace("\x7f", "\\u007f")
-    lines = [f"name = {name}"]
+    lines = [f"name = {toml_value(policy.name)}"]
     for precision, limits in policy.limits.items():
         lines += ["", f"[{precision}]", *(f"{name} = {getattr(limits, name)!r}" for name in _NAMES)]
     return "\n".join(lines) + "\n"

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from bench.stock_export import export_stock
@@ -18,6 +19,9 @@ from export.precision import Precision
 from export.prove import prove_bundle
 from export.reference import Reference
 from runtime.bundle import Bundle, open_bundle
+from runtime.embedder import Embedder, open_embedder
+from tests.http_client import client_of
+from tests.serving_in_process import InProcess
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -59,6 +63,29 @@ def bundle(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> 
     texts = [t for t in verification_texts() if len(t.text) < 400][::7]
     assert prove_bundle(folder, texts).verdict == "pass"
     return open_bundle(folder)
+
+
+@pytest.fixture(scope="module")
+def embedder(bundle: Bundle) -> Iterator[Embedder]:
+    opened = open_embedder(bundle)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="module")
+def served(bundle: Bundle) -> Iterator[InProcess]:
+    """A server with an HTTP port, in the test's process."""
+    with InProcess(open_embedder(bundle), http=True) as server:
+        yield server
+
+
+@pytest.fixture
+def web(served: InProcess) -> Iterator[httpx.Client]:
+    """A client of it; after the test the same server still gives the right vector."""
+    with client_of(served) as client:
+        yield client
+        assert client.get("/health/ready").status_code == 200
+        assert client.post("/v1/embeddings", json={"input": "still here"}).status_code == 200
 
 
 @pytest.fixture

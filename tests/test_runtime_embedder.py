@@ -9,7 +9,6 @@ import ast
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -39,13 +38,6 @@ MIXED = [
     "def f(x):\n    return x\n" * 8,
     "one two three",
 ]
-
-
-@pytest.fixture(scope="module")
-def embedder(bundle: Bundle) -> Iterator[Embedder]:
-    embedder = open_embedder(bundle)
-    yield embedder
-    embedder.close()
 
 
 def assert_same(found: NDArray[np.float32], expected: NDArray[np.float32]) -> None:

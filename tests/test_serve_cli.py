@@ -16,17 +16,10 @@ import pytest
 
 import runtime
 from runtime.bundle import MANIFEST, Bundle
-from runtime.embedder import Embedder, open_embedder
+from runtime.embedder import Embedder
 from tests.serving import ServerProcess, f2rt
 
 TEXTS = ["Where is the library?", "图书馆在哪里？", "a"]
-
-
-@pytest.fixture(scope="module")
-def embedder(bundle: Bundle) -> Iterator[Embedder]:
-    opened = open_embedder(bundle)
-    yield opened
-    opened.close()
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ import pytest
 import runtime
 from runtime._pb.inference import grpc_service_pb2 as kserve
 from runtime.bundle import Bundle
-from runtime.embedder import Embedder, open_embedder
+from runtime.embedder import Embedder
 from tests.serving import ROOT, ServerProcess, child_environment
 
 CLIENTS = ROOT / ".venv-clients"
@@ -49,13 +49,6 @@ def run_client(program: str, *arguments: str, env: Mapping[str, str] | None = No
 
 def run_script(name: str, *arguments: str) -> Any:
     return json.loads(run_client("python", f"tests/clients/{name}.py", *arguments))
-
-
-@pytest.fixture(scope="module")
-def embedder(bundle: Bundle) -> Iterator[Embedder]:
-    opened = open_embedder(bundle)
-    yield opened
-    opened.close()
 
 
 @pytest.fixture(scope="module")

@@ -45,6 +45,11 @@ def test_every_setting_has_a_name() -> None:
     assert made(preset="throughput").settings.scheduling == PRESETS["throughput"]
 
 
+def given_file(folder: Path, text: str, name: str = "given.toml") -> Path:
+    (folder / name).write_text(text)
+    return folder / name
+
+
 def test_what_is_printed_says_the_same_when_it_is_read(tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text("a-secret-of-some-length")
@@ -57,6 +62,16 @@ def test_what_is_printed_says_the_same_when_it_is_read(tmp_path: Path) -> None:
     again = resolve([], {}, {}, file)
     assert (again.models, again.engine, again.settings) == (config.models, config.engine, config.settings)
     assert tomllib.loads(printed)["model"][0] == {"name": "one", "bundle": "a/b", "engine": "onnxruntime:int8"}
+
+
+def test_names_that_toml_wants_escaped_are_read_back(tmp_path: Path) -> None:
+    config = made('"🐝\\ü"=a\x7f/b', max_wait_ms="inf")
+    again = resolve([], {}, {}, given_file(tmp_path, config.as_toml()))
+    assert (again.models, again.settings) == (config.models, config.settings)
+    odd = given_file(tmp_path, "gather_ms = 2", name="a\nb\x7f.toml")
+    printed = resolve(["a"], {}, {}, odd).as_toml()
+    assert tomllib.loads(printed)["gather_ms"] == 2
+    assert repr(str(odd)) in printed
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import json
 import re
 import signal
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,13 +33,6 @@ from tests.serving_in_process import InProcess, held, wait_until
 LOOSE = Policy("loose", dict(TOLERANCES) | {"fp32": replace(TOLERANCES["fp32"], min_cosine=0.9)})
 NEVER = "never compared with PyTorch"
 STAND_IN = "its own first vectors (a stand-in)"
-
-
-@pytest.fixture(scope="module")
-def embedder(bundle: Bundle) -> Iterator[Embedder]:
-    opened = open_embedder(bundle)
-    yield opened
-    opened.close()
 
 
 def loose_file(folder: Path) -> Path:

@@ -72,13 +72,6 @@ def vectors_of(answer: pb.EmbedResponse) -> NDArray[np.float32]:
 
 
 @pytest.fixture(scope="module")
-def embedder(bundle: Bundle) -> Iterator[Embedder]:
-    opened = open_embedder(bundle)
-    yield opened
-    opened.close()
-
-
-@pytest.fixture(scope="module")
 def server(bundle: Bundle) -> Iterator[ServerProcess]:
     with ServerProcess(bundle.folder) as running:
         yield running

@@ -21,19 +21,12 @@ from runtime._pb.f2rt.v1 import embedding_pb2 as pb
 from runtime._pb.f2rt.v1 import embedding_pb2_grpc as pb_grpc
 from runtime.bundle import Bundle
 from runtime.client import EmbeddingClient
-from runtime.embedder import Embedder, open_embedder
+from runtime.embedder import Embedder
 from runtime.errors import InputError
 from tests.serving import START_S, ServerProcess, failure
 from tests.serving_in_process import BIG, wait_until
 
 _GROWTH_BYTES = 96 << 20  # what the allocator may keep of it all
-
-
-@pytest.fixture(scope="module")
-def embedder(bundle: Bundle) -> Iterator[Embedder]:
-    opened = open_embedder(bundle)
-    yield opened
-    opened.close()
 
 
 @pytest.fixture(scope="module")

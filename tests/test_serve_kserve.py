@@ -17,21 +17,13 @@ import pytest
 
 from runtime._pb.inference import grpc_service_pb2 as pb
 from runtime._pb.inference import grpc_service_pb2_grpc as pb_grpc
-from runtime.bundle import Bundle
-from runtime.embedder import Embedder, open_embedder
+from runtime.embedder import Embedder
 from runtime.errors import EngineError
 from runtime.settings import SchedulingSettings
 from tests.serving import START_S, TEXTS, failure
 from tests.serving_in_process import HeldEngine, InProcess, held, wait_until
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
-
-
-@pytest.fixture(scope="module")
-def embedder(bundle: Bundle) -> Iterator[Embedder]:
-    opened = open_embedder(bundle)
-    yield opened
-    opened.close()
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from runtime.bundle import MANIFEST, Bundle
-from runtime.embedder import Embedder, open_embedder
+from runtime.embedder import Embedder
 from runtime.errors import UnavailableError
 from runtime.server import is_loopback
 from runtime.settings import ServeSettings
@@ -28,13 +28,6 @@ from runtime.wire.f2rt_v1 import SERVICE_NAME
 from tests.serving import LONG, SERVING, START_S, TEXTS, ServerProcess, f2rt, failure, wait_until_busy
 
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
-
-
-@pytest.fixture(scope="module")
-def embedder(bundle: Bundle) -> Iterator[Embedder]:
-    opened = open_embedder(bundle)
-    yield opened
-    opened.close()
 
 
 @pytest.fixture(scope="module")

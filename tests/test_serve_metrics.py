@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -13,22 +12,14 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import runtime.serving
 from runtime._pb.f2rt.v1 import embedding_pb2 as pb
-from runtime.bundle import Bundle
 from runtime.client import EmbeddingClient
-from runtime.embedder import Embedder, open_embedder
+from runtime.embedder import Embedder
 from runtime.errors import InputError, NotFoundError
 from runtime.tokenizer import Instruction, Truncate
 from tests.serving import failure
 from tests.serving_in_process import InProcess, held
 
 DASHBOARD = Path(runtime.serving.__file__).parent / "grafana.json"
-
-
-@pytest.fixture(scope="module")
-def embedder(bundle: Bundle) -> Iterator[Embedder]:
-    opened = open_embedder(bundle)
-    yield opened
-    opened.close()
 
 
 def test_what_is_counted(embedder: Embedder) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -29,13 +29,6 @@ from tests.serving_in_process import InProcess, held, wait_until
 FULL = grpc.StatusCode.RESOURCE_EXHAUSTED
 # Batches of one row: what is served when can be read from the engine's list.
 ROW_BY_ROW = Limits(max_batch_rows=1)
-
-
-@pytest.fixture(scope="module")
-def embedder(bundle: Bundle) -> Iterator[Embedder]:
-    opened = open_embedder(bundle)
-    yield opened
-    opened.close()
 
 
 def texts_request(texts: Sequence[str], **fields: Any) -> pb.EmbedRequest:

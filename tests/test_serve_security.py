@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from runtime._pb.inference import grpc_service_pb2 as kserve
 from runtime.bundle import Bundle
 from runtime.client import EmbeddingClient
-from runtime.embedder import Embedder, open_embedder
+from runtime.embedder import Embedder
 from runtime.errors import AccessError, InputError, UnavailableError
 from runtime.serving.access import Keys
 from runtime.wire.f2rt_v1 import _is_local
@@ -53,13 +53,6 @@ class Certificates:
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
     return Certificates(tmp_path_factory.mktemp("pki"))
-
-
-@pytest.fixture(scope="module")
-def embedder(bundle: Bundle) -> Iterator[Embedder]:
-    opened = open_embedder(bundle)
-    yield opened
-    opened.close()
 
 
 @pytest.fixture(scope="module")

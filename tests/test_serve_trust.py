@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -35,13 +34,6 @@ from tests.serving_in_process import InProcess, held, wait_until
 
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 PATIENT = SchedulingSettings(max_wait_ms=1e9, overload=1e9)
-
-
-@pytest.fixture(scope="module")
-def embedder(bundle: Bundle) -> Iterator[Embedder]:
-    opened = open_embedder(bundle)
-    yield opened
-    opened.close()
 
 
 def borrowed(embedder: Embedder) -> Embedder:

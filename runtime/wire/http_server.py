@@ -16,6 +16,7 @@ from runtime.serving.access import Keys
 from runtime.serving.models import Models
 from runtime.settings import ServeSettings
 from runtime.wire.http_app import HttpApp
+from runtime.wire.http_connection import HttpConnection
 
 _BACKLOG = 2048
 _KEEP_ALIVE_S = 75
@@ -35,7 +36,7 @@ class HttpServer:
             access_log=False,
             lifespan="off",
             ws="none",
-            http="h11",  # it bounds a request's headers; httptools does not
+            http=HttpConnection,  # on h11, which bounds a request's headers; httptools does not
             server_header=False,
             timeout_keep_alive=_KEEP_ALIVE_S,
             timeout_graceful_shutdown=_FLUSH_S,

@@ -7,6 +7,7 @@ decodes it. Beyond OpenAI's fields there are `prompt_name`, `prompt`, `input_typ
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -83,6 +84,10 @@ class ErrorResponse(msgspec.Struct):
 
 _MAX_PROBLEM_CHARS = 200
 _DECODER = msgspec.json.Decoder(EmbeddingsRequest)
+# JSON's escapes, one after the other; the group is a surrogate that is no half of a pair.
+_ESCAPE = re.compile(
+    rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|u([dD][89a-fA-F][0-9a-fA-F]{2})|.)", re.DOTALL
+)
 # OpenAI's own words for a status: its clients look at the HTTP status, people and gateways at these.
 _KINDS: dict[int, tuple[str, str | None]] = {
     400: ("invalid_request_error", None),
@@ -105,9 +110,20 @@ def decode_request(body: bytes) -> EmbeddingsRequest:
         return _DECODER.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:  # ValidationError is a DecodeError
         problem = str(error)
+        if half := _half_character(body):
+            raise InputError(
+                f"the body has half a character: \\u{half} without its other half.",
+                cure="Text that was cut in the middle of a character, or lossy decoding, makes these; mend the text.",
+            ) from error
         if len(problem) > _MAX_PROBLEM_CHARS:  # it may quote the name of a field
             problem = f"{problem[:_MAX_PROBLEM_CHARS]}…"
         raise InputError(f"the body is no embeddings request: {problem}.", cure="See /docs for its fields.") from error
+
+
+def _half_character(body: bytes) -> str:
+    """Return the first surrogate that stands alone in a body, as its four hexadecimal digits; "" when none does."""
+    lone = (match[1] for match in _ESCAPE.finditer(body) if match[1])
+    return next(lone, b"").decode("ascii")
 
 
 def make_call(
