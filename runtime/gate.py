@@ -5,11 +5,13 @@ It reads verdicts and runs nothing; `runtime.golden` is the check that runs the 
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
+
 from runtime.bundle import PREVIOUS_REPORT, REPORT, Bundle, EngineRecord, ParityRecord
-from runtime.files import sha256_file
 from runtime.policy import Policy, read_policy
 
 _HASH_DIGITS = 12  # of a hash in a message: enough to tell two apart, short enough to read
@@ -62,7 +64,7 @@ def refusal(bundle: Bundle, record: EngineRecord, policy: Policy) -> Refusal | N
             f"its verdict was reached under {under}; asked for is {policy.name}, {_short(policy.sha256)}",
             f"{_run_parity(bundle, policy)}, or name the policy it was proven under with --policy FILE.",
         )
-    return _overlapping(bundle, record, parity, policy) or _report_changed(bundle, parity, policy)
+    return _overlapping(bundle, record, parity, policy) or _report_differs(bundle, record, parity, policy)
 
 
 def _not_passed(bundle: Bundle, record: EngineRecord, parity: ParityRecord, policy: Policy) -> Refusal:
@@ -93,20 +95,56 @@ def _overlapping(bundle: Bundle, record: EngineRecord, parity: ParityRecord, pol
     return Refusal(reason, f"{_run_parity(bundle, policy)}, on texts that it was not calibrated on.")
 
 
-def _report_changed(bundle: Bundle, parity: ParityRecord, policy: Policy) -> Refusal | None:
+def _report_differs(bundle: Bundle, record: EngineRecord, parity: ParityRecord, policy: Policy) -> Refusal | None:
     try:
-        found = sha256_file(bundle.path(REPORT))
+        # A comparison that died while it recorded leaves the old verdicts, and their report beside the new one.
+        previous = bundle.path(PREVIOUS_REPORT)
+        reports = [bundle.path(REPORT).read_bytes(), *([previous.read_bytes()] if previous.is_file() else [])]
     except OSError as error:
         reason = f"its verdict stands on {REPORT}, which cannot be read: {error.strerror}"
         return Refusal(reason, _run_parity(bundle, policy))
-    previous = bundle.path(PREVIOUS_REPORT)
-    # A comparison that died while it recorded leaves the old verdicts, and the report they stand on, beside the new.
-    if found == parity.report_sha256 or (previous.is_file() and sha256_file(previous) == parity.report_sha256):
-        return None
-    reason = (
-        f"{REPORT} is not the one its verdict stands on: SHA-256 {_short(found)} and not {_short(parity.report_sha256)}"
-    )
-    return Refusal(reason, _run_parity(bundle, policy))
+    by_hash = {hashlib.sha256(data).hexdigest(): data for data in reports}
+    found = by_hash.get(parity.report_sha256)
+    if found is None:
+        reason = (
+            f"{REPORT} is not the one its verdict stands on: SHA-256 {_short(next(iter(by_hash)))} and not "
+            f"{_short(parity.report_sha256)}"
+        )
+        return Refusal(reason, _run_parity(bundle, policy))
+    problem = _contradiction(found, record, parity)
+    return Refusal(problem, _run_parity(bundle, policy)) if problem else None
+
+
+class _Judged(msgspec.Struct):
+    """What a report says of one engine, as far as its verdict in the manifest repeats it."""
+
+    fingerprint: str
+    verdict: str
+    checked_at: str
+    texts: int
+    texts_sha256: str
+    policy_sha256: str
+    calibration_overlap: int | None
+
+
+class _Judgements(msgspec.Struct):
+    engines: list[_Judged]
+
+
+def _contradiction(report: bytes, record: EngineRecord, parity: ParityRecord) -> str:
+    """Return where the manifest's verdict is not what its report says; "" when they agree."""
+    try:
+        judged = msgspec.json.decode(report, type=_Judgements).engines
+    except msgspec.DecodeError as error:
+        return f"{REPORT}, which its verdict stands on, is no report: {error}"
+    own = next((one for one in judged if one.fingerprint == record.fingerprint), None)
+    if own is None:
+        return f"{REPORT}, which its verdict stands on, does not name it"
+    for name in own.__struct_fields__:
+        said, recorded = getattr(own, name), getattr(parity, name)
+        if said != recorded:
+            return f"the manifest was edited: it says {name} {recorded}, and {REPORT} says {said}"
+    return ""
 
 
 def _run_parity(bundle: Bundle, policy: Policy) -> str:

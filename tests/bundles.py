@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from runtime.bundle import (
+    REPORT,
     Bundle,
     EngineRecord,
     Manifest,
@@ -33,7 +36,22 @@ def forge_fingerprint(bundle: Bundle) -> Bundle:
         assert engine.parity is not None
         engines.append(replace(engine, fingerprint=mark, parity=replace(engine.parity, fingerprint=mark)))
     write_manifest(bundle.folder, replace(manifest, fingerprint=content, engines=engines))
-    return open_bundle(bundle.folder)
+    return forge_report(bundle.folder)
+
+
+def forge_report(folder: Path) -> Bundle:
+    """Make the report say what the manifest says of each engine that has a verdict."""
+    report = json.loads((folder / REPORT).read_bytes())
+    judged = {one["engine"]: one for one in report["engines"]}
+    engines = []
+    for engine in open_bundle(folder).manifest.engines:
+        if engine.parity is not None:
+            known = judged.get(engine.full_name, report["engines"][0])
+            verdict = {name: value for name, value in asdict(engine.parity).items() if name in known}
+            engines.append({**known, **verdict, "engine": engine.full_name, "fingerprint": engine.fingerprint})
+    data = json.dumps({**report, "engines": engines}).encode()
+    (folder / REPORT).write_bytes(data)
+    return edit_manifest_verdicts(folder, report_sha256=hashlib.sha256(data).hexdigest())
 
 
 def edit_engines(folder: Path, change: Callable[[EngineRecord], EngineRecord]) -> Bundle:
@@ -44,11 +62,16 @@ def edit_engines(folder: Path, change: Callable[[EngineRecord], EngineRecord]) -
 
 
 def edit_verdicts(folder: Path, **fields: Any) -> Bundle:
-    """Change fields of each engine's verdict."""
+    """Change fields of each engine's verdict, in the manifest and in the report."""
+    edit_manifest_verdicts(folder, **fields)
+    return forge_report(folder)
+
+
+def edit_manifest_verdicts(folder: Path, **fields: Any) -> Bundle:
+    """Change fields of each engine's verdict in the manifest alone."""
 
     def change(engine: EngineRecord) -> EngineRecord:
-        assert engine.parity is not None
-        return replace(engine, parity=replace(engine.parity, **fields))
+        return replace(engine, parity=replace(engine.parity, **fields)) if engine.parity else engine
 
     return edit_engines(folder, change)
 

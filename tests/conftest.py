@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import functools
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 import pytest
+from filelock import FileLock
 
 from bench.stock_export import export_stock
 from calibration.texts import calibration_texts, verification_texts
@@ -24,6 +25,31 @@ from tests.http_client import client_of
 from tests.serving_in_process import InProcess
 
 ROOT = Path(__file__).resolve().parent.parent
+Shared = Callable[[str, Callable[[Path], object]], Path]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the README's commands, which take longest: one worker is at them while others do the rest."""
+    items.sort(key=lambda item: item.path.name != "test_readme.py")
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
+    """Make a folder once for all workers of this run: the others wait, and read what the first one made."""
+    own = tmp_path_factory.getbasetemp()
+    root = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
+    root.mkdir(exist_ok=True)
+
+    def make(name: str, write: Callable[[Path], object]) -> Path:
+        with FileLock(root / f"{name}.lock"):
+            done = root / f"{name}.done"
+            if not done.exists():
+                shutil.rmtree(root / name, ignore_errors=True)
+                write(root / name)
+                done.touch()
+        return root / name
+
+    return make
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -56,13 +82,15 @@ def reference(mini: Path) -> Reference:
 
 
 @pytest.fixture(scope="session")
-def bundle(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def bundle(checkpoint: Checkpoint, shared: Shared) -> Bundle:
     """A bundle proven on a seventh of the short verification texts. Read only."""
-    folder = tmp_path_factory.mktemp("bundles") / "mini"
-    export_bundle(checkpoint, folder, [Precision.FP32])
-    texts = [t for t in verification_texts() if len(t.text) < 400][::7]
-    assert prove_bundle(folder, texts).verdict == "pass"
-    return open_bundle(folder)
+
+    def make(folder: Path) -> None:
+        export_bundle(checkpoint, folder / "mini", [Precision.FP32])
+        texts = [t for t in verification_texts() if len(t.text) < 400][::7]
+        assert prove_bundle(folder / "mini", texts).verdict == "pass"
+
+    return open_bundle(shared("bundle", make) / "mini")
 
 
 @pytest.fixture(scope="module")
@@ -94,16 +122,17 @@ def bundle_copy(bundle: Bundle, tmp_path: Path) -> Bundle:
 
 
 @pytest.fixture(scope="session")
-def narrow_bundle(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def narrow_bundle(checkpoint: Checkpoint, shared: Shared) -> Bundle:
     """A bundle in fp32, fp16 and bf16, shaped by a few calibration texts and not proven. Read only."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv("F2RT_CACHE", str(tmp_path_factory.mktemp("cache")))
-    texts = [t for t in calibration_texts() if len(t.text) < 300][::20]
-    target = tmp_path_factory.mktemp("narrow") / "mini"
-    precisions = [Precision.FP32, Precision.FP16, Precision.BF16]
-    bundle = export_bundle(checkpoint, target, precisions, calibration=texts)
-    patch.undo()
-    return bundle
+
+    def make(folder: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("F2RT_CACHE", str(folder / "cache"))
+            texts = [t for t in calibration_texts() if len(t.text) < 300][::20]
+            precisions = [Precision.FP32, Precision.FP16, Precision.BF16]
+            export_bundle(checkpoint, folder / "mini", precisions, calibration=texts)
+
+    return open_bundle(shared("narrow", make) / "mini")
 
 
 @pytest.fixture
@@ -112,6 +141,6 @@ def narrow_copy(narrow_bundle: Bundle, tmp_path: Path) -> Bundle:
 
 
 @pytest.fixture(scope="session")
-def stock(mini: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def stock(mini: Path, shared: Shared) -> Callable[[str], Path]:
     """Real `torch.onnx.export`s of stock transformers, by kind (bench.stock_export), each made once. Read only."""
-    return functools.cache(lambda kind: export_stock(mini, tmp_path_factory.mktemp("stock") / kind, kind))
+    return lambda kind: shared(f"stock-{kind}", lambda folder: export_stock(mini, folder, kind))

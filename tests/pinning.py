@@ -12,6 +12,5 @@ _WORKER, _WORKERS = (os.environ.get(f"PYTEST_XDIST_WORKER{suffix}", "") for suff
 
 if _WORKER and hasattr(os, "sched_setaffinity"):
     _cpus = sorted(os.sched_getaffinity(0))
-    _own = _cpus[int(_WORKER.removeprefix("gw")) :: int(_WORKERS)]
-    if _own:
-        os.sched_setaffinity(0, _own)
+    _number, _count = int(_WORKER.removeprefix("gw")), min(int(_WORKERS), len(_cpus))
+    os.sched_setaffinity(0, _cpus[_number % _count :: _count])

@@ -53,6 +53,7 @@ def table(results: Path, name: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
+@pytest.mark.slow
 def test_int8_speed_has_a_row_for_every_contestant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bench.int8_speed.LEAST", 1)
     said = run(tmp_path, "int8-speed", "--size", "mini", "--seconds", "0", "--calibration-texts", "8")
@@ -81,6 +82,7 @@ def test_int8_speed_has_a_row_for_every_contestant(tmp_path: Path, monkeypatch: 
         assert {len(times) for times in shape["times_ms"].values()} == {1}
 
 
+@pytest.mark.slow
 def test_int8_quality_has_a_row_for_every_contestant(tmp_path: Path) -> None:
     options = ["--checkpoints", "mini,hard", "--texts", "30", "--calibration-texts", "24"]
     said = run(tmp_path, "int8-quality", *options)

@@ -219,7 +219,7 @@ def mini_bundle(narrow: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("label", "at"),
-    [("hash source", "end"), ("write the fp32 graph", "end"), ("probe: embed_tokens", "1"), ("probe: layer 1", "1")],
+    [("hash source", "end"), ("write the fp32 graph", "end"), ("probe: embed_tokens", "1"), ("probe: layer 0", "1")],
     ids=["before writing", "before the probe", "in the probe", "in a layer"],
 )
 def test_memory_runs_out_during_export(

@@ -114,7 +114,7 @@ def test_quality_on_part_of_the_verification_split(made: dict[str, Bundle], name
     check_quality(made[name], "graphs/int8-uint8.onnx", step=8)
 
 
-@pytest.mark.parametrize("name", ["hard", "everything"])
+@pytest.mark.parametrize("name", ["hard", pytest.param("everything", marks=pytest.mark.slow)])
 def test_quality_of_the_graph_for_tensorrt(made: dict[str, Bundle], name: str) -> None:
     """ONNX Runtime computes what the Q/DQ nodes and float16 casts say: the numbers TensorRT's kernels stand for."""
     check_quality(made[name], "graphs/int8.onnx", step=8)
@@ -344,7 +344,7 @@ def test_exclusions_take_the_most_harmful_within_the_budget() -> None:
 
 def test_a_smaller_budget_leaves_more_out(made: dict[str, Bundle], tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(locate(made["mini"].manifest.source.id))
-    bundle = export_bundle(checkpoint, tmp_path / "b", [Precision.INT8], int8_budget=1.0)
+    bundle = export_bundle(checkpoint, tmp_path / "b", [Precision.INT8], int8_budget=1.0, calibration=CALIBRATION[::8])
     record = bundle.graph("int8").quantization
     assert record is not None
     assert (record.int8_share, record.excluded) == (1.0, [])

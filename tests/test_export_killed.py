@@ -169,7 +169,7 @@ def counts(points: list[dict[str, object]]) -> Counter[object]:
     return Counter(p["stands"] for p in points)
 
 
-@pytest.mark.parametrize("cache", ["kept", "emptied"])
+@pytest.mark.parametrize("cache", ["kept", pytest.param("emptied", marks=pytest.mark.slow)])
 def test_first_export_of_three_precisions(tmp_path: Path, texts: Path, cache: str) -> None:
     tiny = write_tiny(tmp_path / "tiny")
     environment = {"F2RT_CACHE": str(tmp_path / "cache")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from runtime.gate import Gate, refusal
 from runtime.loader import load_engine, select
 from runtime.policy import Policy
 from runtime.tolerances import TOLERANCES
-from tests.bundles import edit_engines, edit_verdicts, without_golden
+from tests.bundles import edit_engines, edit_manifest_verdicts, edit_verdicts, without_golden
 
 FP32 = "onnxruntime:fp32"
 WAIVED = Gate(allow_unverified=True)
@@ -50,6 +51,21 @@ def edited_report(folder: Path) -> Bundle:
     path = folder / REPORT
     path.write_bytes(path.read_bytes().replace(b'"pass"', b'"fail"', 1))
     return open_bundle(folder)
+
+
+def replaced_report(folder: Path, data: bytes) -> Bundle:
+    """Put another file in the report's place, and its hash into the manifest."""
+    (folder / REPORT).write_bytes(data)
+    return edit_manifest_verdicts(folder, report_sha256=hashlib.sha256(data).hexdigest())
+
+
+def other_report(folder: Path) -> Bundle:
+    data = (folder / REPORT).read_bytes()
+    return replaced_report(folder, data.replace(verdict(open_bundle(folder)).fingerprint.encode(), b"0" * 32))
+
+
+def empty_report(folder: Path) -> Bundle:
+    return replaced_report(folder, b"")
 
 
 def no_report(folder: Path) -> Bundle:
@@ -114,6 +130,26 @@ REFUSED: dict[str, tuple[Callable[[Path], Bundle], str, str]] = {
         r"parity/report\.json is not the one its verdict stands on: SHA-256 [0-9a-f]{12} and not [0-9a-f]{12}",
         "Run: f2rt parity",
     ),
+    "a verdict turned in the manifest": (
+        lambda f: edit_manifest_verdicts(edit_verdicts(f, verdict="fail").folder, verdict="pass"),
+        r"the manifest was edited: it says verdict pass, and parity/report\.json says fail",
+        "Run: f2rt parity",
+    ),
+    "more texts in the manifest": (
+        lambda f: edit_manifest_verdicts(f, texts=5000),
+        r"the manifest was edited: it says texts 5000, and parity/report\.json says \d+",
+        "Run: f2rt parity",
+    ),
+    "a report of other engines": (
+        other_report,
+        r"parity/report\.json, which its verdict stands on, does not name it",
+        "Run: f2rt parity",
+    ),
+    "no report at all": (
+        empty_report,
+        r"parity/report\.json, which its verdict stands on, is no report: Input data was truncated",
+        "Run: f2rt parity",
+    ),
     "report is gone": (
         no_report,
         r"its verdict stands on parity/report\.json, which cannot be read: No such file",
@@ -140,8 +176,9 @@ def test_without_a_verdict_that_stands_it_does_not_answer(bundle_copy: Bundle, c
 def test_auto_passes_over_it_with_the_reason(bundle_copy: Bundle, case: str) -> None:
     """The other engine is slower, and verified: it goes first, allowed or not."""
     change, _, _ = REFUSED[case]
-    good = bundle_copy.manifest.engines[0]
+    good, report = bundle_copy.manifest.engines[0], bundle_copy.path(REPORT).read_bytes()
     (bad,) = change(bundle_copy.folder).manifest.engines
+    bundle_copy.path(REPORT).write_bytes(report)  # the good one's verdict stands on it
     slow = replace(good, target="slow", name="onnxruntime:other")
     both = replace(bundle_copy, manifest=replace(bundle_copy.manifest, engines=[bad, slow]))
     for gate in (Gate(), WAIVED):

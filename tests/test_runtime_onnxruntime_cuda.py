@@ -18,6 +18,7 @@ from runtime.errors import (
 )
 from runtime.loader import load_engine
 from runtime.settings import EngineSettings
+from tests.bundles import forge_report
 
 # --- onnxruntime-cuda
 
@@ -98,7 +99,7 @@ def test_auto_passes_over_an_engine_that_does_not_open(bundle_copy: Bundle, monk
         return replace(record, parity=replace(parity, fingerprint=record.fingerprint, checked_at=timestamp()))
 
     write_manifest(bundle_copy.folder, replace(manifest, engines=[proven(e) for e in manifest.engines]))
-    bundle = open_bundle(bundle_copy.folder)
+    bundle = forge_report(bundle_copy.folder)
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, CPU])
     session = onnxruntime.InferenceSession
     monkeypatch.setattr(
