@@ -38,6 +38,7 @@ from runtime.files import sha256_file
 from runtime.golden import row_cosines
 from runtime.loader import load_engine, select
 from runtime.settings import EngineSettings
+from tests.bundles import forge_report
 from tests.fake_device import (
     DOUBLED,
     ENUMS,
@@ -589,7 +590,7 @@ def add_engine(bundle: Bundle, backend: str, target: str, *, proven: bool = True
     parity = replace(manifest.engines[0].parity, fingerprint=mark) if proven else None  # type: ignore[type-var]
     record = replace(made, fingerprint=mark, parity=parity)
     write_manifest(bundle.folder, replace(manifest, engines=[*manifest.engines, record]))
-    return open_bundle(bundle.folder)
+    return forge_report(bundle.folder)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -35,7 +35,7 @@ def server(bundle: Bundle) -> Iterator[ServerProcess]:
         with running.client() as client:
             for _ in range(3):
                 client.embed(["a text"] * 64)
-                client.embed(["word " * 900] * 8)
+                client.embed(["word " * 900] * 18)  # as large a batch as there may be: the engine keeps that much
         yield running
         assert running.process.poll() is None, "the server died:\n" + "\n".join(running.log)
 
@@ -214,4 +214,9 @@ def test_callers_who_cancel_all_the_time(server: ServerProcess) -> None:
 
 
 def test_afterwards_its_memory_is_what_it_was(server: ServerProcess, resident_at_start: int) -> None:
-    wait_until(lambda: resident_bytes(server) - resident_at_start < _GROWTH_BYTES)
+    def grown() -> int:
+        return resident_bytes(server) - resident_at_start
+
+    with contextlib.suppress(AssertionError):
+        wait_until(lambda: grown() < _GROWTH_BYTES, 20)
+    assert grown() < _GROWTH_BYTES
