@@ -57,6 +57,8 @@ def audit_server(
         notes.append(f"the texts were not compared, the golden ones alone: {error.message}")
     audit = _golden(client, info, expected, policy, model)
     findings = [*_identity(bundle, info, own), *audit.findings]
+    if info.unverified:
+        findings.append(f"the server answers with an engine that has no verdict that stands: {info.unverified}")
     changes = list(compare_info(bundle, record, info))
     side_a = side(bundle, record, why or selection)
     side_b = Side(

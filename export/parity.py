@@ -164,7 +164,7 @@ class _Comparison:
             _blank(record, "pass" if kept else "fail"),
             tolerance=limits,
             checks=checks,
-            worst=_worst(self.bundle, record, samples, cosines),
+            worst=_worst(self.bundle, record, samples, cosines, self.policy.file),
             diagnosis=diagnosis,
             omitted=len(self.samples) - len(samples),
             thresholds=judged,
@@ -191,9 +191,11 @@ class _Comparison:
 
 
 def _worst(
-    bundle: Bundle, record: EngineRecord, samples: Sequence[Sample], cosines: NDArray[np.float64]
+    bundle: Bundle, record: EngineRecord, samples: Sequence[Sample], cosines: NDArray[np.float64], policy_file: str
 ) -> list[WorstText]:
     worst = np.argsort(cosines, kind="stable")[:WORST_TEXTS]
+    again = ["f2rt", "parity", str(bundle.folder), "--engine", record.full_name]
+    again += ["--policy", policy_file] if policy_file else []
     return [
         WorstText(
             id=samples[i].text.id,
@@ -202,9 +204,7 @@ def _worst(
             tokens=len(samples[i].ids),
             cosine=float(cosines[i]),
             excerpt=" ".join(samples[i].text.text.split())[:40],
-            command=shlex.join(
-                ["f2rt", "parity", str(bundle.folder), "--engine", record.full_name, "--only", samples[i].text.id]
-            ),
+            command=shlex.join([*again, "--only", samples[i].text.id]),
         )
         for i in worst
     ]

@@ -69,27 +69,32 @@ def parity_command(
         from export.report.files import DERIVED_FILES, write_derived
 
         shipped = verification_texts()
-        samples = [*shipped, *(read_own_texts(texts, shipped) if texts else [])]
+        own = read_own_texts(texts, shipped) if texts else []
+        screen = console.out()
         lines: list[str] = []
+
+        def tell(line: str) -> None:
+            screen.print(line, markup=False, soft_wrap=True)
+
         recorded = not quick and not only
         with console.bars() as bars:
             if recorded:
                 report = prove_bundle(
                     bundle,
-                    samples,
+                    [*shipped, *own],
                     engine_names=engine or None,
                     model=model,
                     report_dir=report_dir,
                     force=force,
                     progress=bars.update,
-                    tell=lines.append,
+                    tell=tell,
                     wait=Wait(wait, bars.say),
                     policy=limits,
                 )
             else:
                 report = look_again(
                     bundle,
-                    _named(samples, only) if only else _quick(samples),
+                    _named([*shipped, *own], only) if only else [*_quick(shipped), *own],
                     engine_names=engine or None,
                     model=model,
                     report_dir=report_dir,

@@ -40,6 +40,7 @@ from runtime.bundle import (
 )
 from runtime.errors import BundleError, CheckpointError, InputError, explain_memory_errors
 from runtime.files import explain_read_errors, write_atomic
+from runtime.gate import report_problem
 from runtime.policy import Policy
 
 
@@ -65,14 +66,16 @@ def prove_bundle(
     Raises BundleError, CheckpointError, NotFoundError, InputError or OutputError; the bundle's verdicts and golden
     vectors are then as they were.
     """
-    open_bundle(folder)  # where there is no bundle there is nothing to lock
+    open_bundle(folder, golden_too=False)  # where there is no bundle there is nothing to lock
     if not texts:
         raise InputError("there are no texts to compare on.", cure="Give a file with at least one text.")
     cure = (
         "Free memory: PyTorch takes four bytes a weight, an engine about the size of its files; what was done is kept."
     )
     with bundle_lock(folder, "f2rt parity", wait), explain_memory_errors(f"compare {folder} with PyTorch", cure):
-        report = _prove(open_bundle(folder), texts, engine_names, model, force, progress, tell, policy)
+        report = _prove(
+            open_bundle(folder, golden_too=False), texts, engine_names, model, force, progress, tell, policy
+        )
     if report_dir is not None:
         write_all(report, report_dir)
     return report
@@ -96,6 +99,7 @@ def look_again(
         report, _ = check_bundle(
             bundle, reference, texts, engine_names=engine_names, progress=progress, policy=policy, with_stages=False
         )
+    report = replace(report, partial=f"a look at {len(texts)} texts, which gives no verdict that counts")
     if report_dir is not None:
         write_all(report, report_dir)
     return report
@@ -129,7 +133,8 @@ def _prove(
     else:
         assert old is not None
         report = replace(old, created_at=timestamp(), policy=policy_record(policy))
-    report = _merged(bundle, replace(report, duration_s=round(time.perf_counter() - start, 3)), old, found, len(texts))
+    report = replace(report, duration_s=round(time.perf_counter() - start, 3))
+    report = _merged(bundle, report, old, found, len(texts), tell)
     if vectors is not None or any(not e.kept for e in found.values()):
         record(bundle, report, vectors)
     return report
@@ -162,19 +167,29 @@ def _without_reference(
 
 
 def _merged(
-    bundle: Bundle, report: ParityReport, old: ParityReport | None, found: dict[str, EngineReport], texts: int
+    bundle: Bundle,
+    report: ParityReport,
+    old: ParityReport | None,
+    found: dict[str, EngineReport],
+    texts: int,
+    tell: Callable[[str], None],
 ) -> ParityReport:
     """Return the report with every engine of the bundle that was ever compared as it is: now, or in the old report."""
     engines = []
     for engine in bundle.manifest.engines:
         result = found.get(engine.full_name)
         if result is None and engine.parity is not None:
-            earlier = recorded(old, engine)
-            result = replace(earlier, kept="it was not asked for") if earlier else None
+            # Only what the report really said: carried over, an edited one would be blessed.
+            problem, earlier = report_problem(bundle, engine, engine.parity), recorded(old, engine)
+            if problem or earlier is None:
+                tell(f"not carried over: the verdict on {engine.full_name}: {problem or 'the report does not name it'}")
+            else:
+                result = replace(earlier, kept="it was not asked for")
         elif result is not None and not result.kept:
             result = replace(
                 result,
-                checked_at=report.created_at,
+                # The clock of the machine that made it may be ahead: it was there before it was compared all the same.
+                checked_at=max(report.created_at, engine.made_at),
                 texts=texts,
                 texts_sha256=report.coverage.texts_sha256,
                 versions=run_versions(engine.backend),
@@ -252,7 +267,7 @@ def _verdict(engine: EngineReport, report_sha256: str) -> ParityRecord:
         verdict=engine.verdict,
         fingerprint=engine.fingerprint,
         texts_sha256=engine.texts_sha256,
-        texts=engine.texts,
+        texts=engine.texts - engine.omitted,
         min_cosine=min((c.cosine_min for c in checks), default=-1.0),
         mean_cosine=checks[0].cosine_mean if checks else -1.0,
         max_abs_diff=max((c.max_abs_diff for c in checks), default=-1.0),

@@ -67,9 +67,9 @@ def follow(
 def _of_kernels(twin: Stage, stages: Sequence[Stage]) -> Stage:
     """Say of the uint8 form what its kernels add: it is the int8 form's grid, so that nothing else can."""
     form = next((s for s in stages if s.name == twin.name.removesuffix(TWIN_FORM)), None)
-    if form is None or not form.layers or not twin.layers or twin.layers[-1].rms < _MORE * form.layers[-1].rms:
+    if form is None or not form.layers or not twin.layers or twin.layers[-1].size < _MORE * form.layers[-1].size:
         return twin
-    times = twin.layers[-1].rms / form.layers[-1].rms
+    times = twin.layers[-1].size / form.layers[-1].size
     why = f"{times:.1f} times the int8 form's error on the same grid: 8-bit products saturate on a CPU without VNNI"
     return replace(twin, guilty=f"{twin.guilty}; {why}" if twin.guilty else why)
 
@@ -117,7 +117,7 @@ def stage(
         relative = np.linalg.norm(wide - true, axis=2) / np.maximum(np.linalg.norm(true, axis=2), 1e-30)
     relative = np.where(np.isfinite(relative), relative, np.inf)
     errors = [
-        LayerError(layer, float(f"{_rms(column):.4g}"), float(f"{column.max():.4g}"))
+        LayerError(layer, _rounded(_rms(column)), _rounded(column.max()))
         for layer, column in zip(layers, relative.T, strict=True)
     ]
     finite = np.isfinite(wide[:, -1]).all(axis=1) & (np.abs(wide[:, -1]).max(axis=1) > 0)
@@ -136,14 +136,18 @@ def stage(
     )
 
 
+def _rounded(value: float) -> float | None:
+    return float(f"{value:.4g}") if np.isfinite(value) else None
+
+
 def _rms(values: np.ndarray[tuple[int], np.dtype[np.float64]]) -> float:
     return float(np.sqrt(np.mean(values**2))) if np.isfinite(values).all() else float("inf")
 
 
 def guilty(errors: Sequence[LayerError]) -> str:
     """Name the layer where the error grows most, by how much, and its part of all growth."""
-    values = [0.0, *(e.rms for e in errors)]
-    broken = next((e.layer for e in errors if not np.isfinite(e.rms)), None)
+    values = [0.0, *(e.size for e in errors)]
+    broken = next((e.layer for e in errors if e.rms is None), None)
     if broken is not None:
         return f"{broken}: the first with values that are not finite"
     growth = [max(after - before, 0.0) for before, after in itertools.pairwise(values)]

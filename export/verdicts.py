@@ -20,6 +20,7 @@ from export.report.data import REPORT_SCHEMA_VERSION, EngineReport, ParityReport
 from runtime.bundle import REPORT, Bundle, EngineRecord, FileRecord
 from runtime.errors import BundleError, EngineError, MissingExtraError, NotExecutableError, OutOfMemoryError
 from runtime.files import sha256_file
+from runtime.gate import is_older, report_problem
 from runtime.loader import open_raw_engine
 from runtime.policy import Policy
 from runtime.settings import EngineSettings
@@ -77,6 +78,10 @@ def why_stale(bundle: Bundle, record: EngineRecord, report: ParityReport | None,
         return "it failed the last time"
     if old is None or sha256_file(bundle.path(REPORT)) != parity.report_sha256:
         return f"{REPORT} is missing, was changed, or is another version's"
+    if problem := report_problem(bundle, record, parity):
+        return problem
+    if is_older(record, parity):
+        return "the engine is newer than its verdict"
     if parity.texts_sha256 != request.texts_sha256:
         return "the texts changed"
     if parity.policy_sha256 != request.policy.sha256:

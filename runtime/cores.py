@@ -37,27 +37,36 @@ def cpu_quota() -> float | None:
     """Return the smallest CPU quota of the process' control groups, in CPUs; None where there is none."""
     quotas = []
     for line in _text(_OWN_CGROUPS).splitlines():
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            root, read = _CGROUPS, _quota_v2
-        elif "cpu" in controllers.split(","):
-            root, read = _CGROUPS / controllers, _quota_v1
+        parts = line.split(":", 2)
+        if len(parts) < 3:
+            continue
+        controllers, path = parts[1].split(","), parts[2]
+        if controllers == [""]:
+            roots, read = [_CGROUPS, _CGROUPS / "unified"], _quota_v2
+        elif "cpu" in controllers:
+            names = [",".join(controllers), ",".join(reversed(controllers)), "cpu"]
+            roots, read = [_CGROUPS / name for name in dict.fromkeys(names)], _quota_v1
         else:
             continue
-        # Inside a container the group it sees as its own may stand at the root: the path then leads nowhere.
-        own = root / path.lstrip("/")
-        quotas += [read(folder) for folder in (own, *own.parents) if folder.is_relative_to(root)]
+        for root in roots:
+            # Inside a container the group it sees as its own may stand at the root: the path then leads nowhere.
+            own = root / path.lstrip("/")
+            quotas += [read(folder) for folder in (own, *own.parents) if folder.is_relative_to(root)]
     return min((q for q in quotas if q is not None), default=None)
 
 
 def _quota_v2(folder: Path) -> float | None:
     quota, _, period = _text(folder / "cpu.max").strip().partition(" ")
-    return int(quota) / int(period) if quota.isdecimal() and period.isdecimal() else None
+    return _ratio(quota, period)
 
 
 def _quota_v1(folder: Path) -> float | None:
     quota, period = (_text(folder / f"cpu.cfs_{part}_us").strip() for part in ("quota", "period"))
-    return int(quota) / int(period) if quota.isdecimal() and period.isdecimal() else None
+    return _ratio(quota, period)
+
+
+def _ratio(quota: str, period: str) -> float | None:
+    return int(quota) / int(period) if quota.isdecimal() and period.isdecimal() and int(period) else None
 
 
 def _text(path: Path) -> str:

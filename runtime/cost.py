@@ -8,11 +8,14 @@ how much padding is worth one batch less, and how large a batch has to be.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 
 _FORGET = 0.98  # weight of what was known before, per observation: about fifty batches are remembered
-_EVENTS = 128  # arrivals and answers that the pressure is taken over
-_LEAST_EVENTS = 64  # before it says anything
+# What the pressure is taken over: so many arrivals and answers, and batches; and what there must be of both to tell.
+_EVENTS, _BATCHES = 128, 16
+_LEAST_EVENTS, _LEAST_BATCHES = 64, 4
+_MOST_BATCHES = 1024
 _LEAST_SPREAD = 0.05  # of the token counts, relative: below it the slope cannot be told from the intercept
 
 
@@ -75,32 +78,35 @@ class CostModel:
 
 
 class Pressure:
-    """How many requests come for each one that is served, refused ones included, over the latest events of both kinds.
+    """How many requests come for each one that is served, refused ones included, over the latest batches.
 
-    Counted by events and not by time, it means the same for a fast engine and a slow one. Not thread-safe.
+    Counted by events and not by time, it means the same for a fast engine and a slow one. It is read off whenever a
+    batch is taken: callers that wait for their answers, however many, come back while the next batch runs, so that
+    between two batches as many come as were served, but for how much one batch differs from another. As much as the
+    largest batch served is therefore no pressure. Not thread-safe.
     """
 
     def __init__(self) -> None:
-        self._events: deque[bool] = deque(maxlen=_EVENTS)
-        self._arrived = 0
+        self.ratio = 1.0
+        self._arrived = self._served = 0
+        self._marks = deque([(0, 0)], maxlen=_MOST_BATCHES)  # both counts, as each batch was taken
 
     def arrived(self) -> None:
         """Count a request that came."""
-        self._add(True)
+        self._arrived += 1
 
     def served(self) -> None:
         """Count a request that was served."""
-        self._add(False)
+        self._served += 1
 
-    @property
-    def ratio(self) -> float:
-        """Requests that came for each one served; 1 while too little is known."""
-        if len(self._events) < _LEAST_EVENTS:
-            return 1.0
-        return self._arrived / max(len(self._events) - self._arrived, 1)
-
-    def _add(self, arrival: bool) -> None:
-        if len(self._events) == _EVENTS:
-            self._arrived -= self._events[0]
-        self._events.append(arrival)
-        self._arrived += arrival
+    def batch(self) -> None:
+        """Note that a batch was taken, and what it serves was counted; updates `ratio`, 1 while too little is known."""
+        marks = self._marks
+        marks.append((self._arrived, self._served))
+        while len(marks) > _BATCHES and sum(marks[-1]) - sum(marks[1]) >= _EVENTS:
+            marks.popleft()
+        came, served = (last - first for first, last in zip(marks[0], marks[-1], strict=True))
+        if len(marks) <= _LEAST_BATCHES or came + served < _LEAST_EVENTS:
+            return
+        largest = max(after - before for (_, before), (_, after) in itertools.pairwise(marks))
+        self.ratio = max(came - largest, 0) / max(served, 1)

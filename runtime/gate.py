@@ -52,19 +52,30 @@ def refusal(bundle: Bundle, record: EngineRecord, policy: Policy) -> Refusal | N
             f"its verdict belongs to another engine, {_short(parity.fingerprint)} and not {_short(record.fingerprint)}"
         )
         return Refusal(reason, _run_parity(bundle, policy))
-    if parity.verdict != "pass":
-        return _not_passed(bundle, record, parity, policy)
-    # Both times are ISO 8601 in UTC, so their order is that of text. Older manifests do not say when it was made.
-    if record.made_at and parity.checked_at < record.made_at:
-        reason = f"its verdict of {parity.checked_at} is older than the engine, which was made {record.made_at}"
-        return Refusal(reason, _run_parity(bundle, policy))
     if parity.policy_sha256 != policy.sha256:
         under = f"the policy {_short(parity.policy_sha256)}" if parity.policy_sha256 else "no recorded policy"
+        shipped = parity.policy_sha256 == Policy().sha256
+        instead = "leave --policy out, for the shipped one" if shipped else "name that one with --policy FILE"
         return Refusal(
             f"its verdict was reached under {under}; asked for is {policy.name}, {_short(policy.sha256)}",
-            f"{_run_parity(bundle, policy)}, or name the policy it was proven under with --policy FILE.",
+            f"{_run_parity(bundle, policy)}; or {instead}.",
+            failed=parity.verdict == "fail",
         )
-    return _overlapping(bundle, record, parity, policy) or _report_differs(bundle, record, parity, policy)
+    if parity.verdict != "pass":
+        return _not_passed(bundle, record, parity, policy)
+    problem = report_problem(bundle, record, parity)
+    if problem:
+        return Refusal(problem, _run_parity(bundle, policy))
+    if is_older(record, parity):
+        reason = f"its verdict of {parity.checked_at} is older than the engine, which was made {record.made_at}"
+        return Refusal(reason, _run_parity(bundle, policy))
+    return _overlapping(bundle, record, parity, policy)
+
+
+def is_older(record: EngineRecord, parity: ParityRecord) -> bool:
+    """Return whether a verdict is older than the engine. Manifests of older versions do not say when it was made."""
+    # Both are ISO 8601 in UTC, so their order is that of text.
+    return bool(record.made_at) and parity.checked_at < record.made_at
 
 
 def _not_passed(bundle: Bundle, record: EngineRecord, parity: ParityRecord, policy: Policy) -> Refusal:
@@ -95,36 +106,51 @@ def _overlapping(bundle: Bundle, record: EngineRecord, parity: ParityRecord, pol
     return Refusal(reason, f"{_run_parity(bundle, policy)}, on texts that it was not calibrated on.")
 
 
-def _report_differs(bundle: Bundle, record: EngineRecord, parity: ParityRecord, policy: Policy) -> Refusal | None:
+def report_problem(bundle: Bundle, record: EngineRecord, parity: ParityRecord) -> str:
+    """Return why the bundle's report does not bear out what the manifest says of an engine; "" when it does."""
     try:
         # A comparison that died while it recorded leaves the old verdicts, and their report beside the new one.
         previous = bundle.path(PREVIOUS_REPORT)
         reports = [bundle.path(REPORT).read_bytes(), *([previous.read_bytes()] if previous.is_file() else [])]
     except OSError as error:
-        reason = f"its verdict stands on {REPORT}, which cannot be read: {error.strerror}"
-        return Refusal(reason, _run_parity(bundle, policy))
+        return f"its verdict stands on {REPORT}, which cannot be read: {error.strerror}"
     by_hash = {hashlib.sha256(data).hexdigest(): data for data in reports}
     found = by_hash.get(parity.report_sha256)
-    if found is None:
-        reason = (
-            f"{REPORT} is not the one its verdict stands on: SHA-256 {_short(next(iter(by_hash)))} and not "
-            f"{_short(parity.report_sha256)}"
-        )
-        return Refusal(reason, _run_parity(bundle, policy))
-    problem = _contradiction(found, record, parity)
-    return Refusal(problem, _run_parity(bundle, policy)) if problem else None
+    if found is not None:
+        return _contradiction(found, record, parity)
+    return (
+        f"{REPORT} is not the one its verdict stands on: SHA-256 {_short(next(iter(by_hash)))} and not "
+        f"{_short(parity.report_sha256)}"
+    )
+
+
+class _Checked(msgspec.Struct):
+    cosine_min: float | None
 
 
 class _Judged(msgspec.Struct):
     """What a report says of one engine, as far as its verdict in the manifest repeats it."""
 
+    engine: str
     fingerprint: str
     verdict: str
     checked_at: str
     texts: int
+    omitted: int
     texts_sha256: str
     policy_sha256: str
     calibration_overlap: int | None
+    checks: list[_Checked]
+
+    def said(self) -> dict[str, object]:
+        """Return it by the names that the manifest has for it."""
+        names = ("verdict", "checked_at", "texts_sha256", "policy_sha256", "calibration_overlap")
+        smallest = min((c.cosine_min for c in self.checks if c.cosine_min is not None), default=-1.0)
+        return {
+            **{name: getattr(self, name) for name in names},
+            "texts": self.texts - self.omitted,
+            "min_cosine": smallest,
+        }
 
 
 class _Judgements(msgspec.Struct):
@@ -137,18 +163,18 @@ def _contradiction(report: bytes, record: EngineRecord, parity: ParityRecord) ->
         judged = msgspec.json.decode(report, type=_Judgements).engines
     except msgspec.DecodeError as error:
         return f"{REPORT}, which its verdict stands on, is no report: {error}"
-    own = next((one for one in judged if one.fingerprint == record.fingerprint), None)
+    own = next((j for j in judged if (j.engine, j.fingerprint) == (record.full_name, record.fingerprint)), None)
     if own is None:
         return f"{REPORT}, which its verdict stands on, does not name it"
-    for name in own.__struct_fields__:
-        said, recorded = getattr(own, name), getattr(parity, name)
+    for name, said in own.said().items():
+        recorded = getattr(parity, name)
         if said != recorded:
             return f"the manifest was edited: it says {name} {recorded}, and {REPORT} says {said}"
     return ""
 
 
 def _run_parity(bundle: Bundle, policy: Policy) -> str:
-    own = "" if policy.sha256 == Policy().sha256 else " --policy FILE"
+    own = "" if policy.sha256 == Policy().sha256 else f" --policy {policy.file or 'FILE'}"
     return f"Run: f2rt parity {bundle.folder}{own}"
 
 

@@ -206,6 +206,13 @@ def _load(bundle: Bundle, record: EngineRecord, selection: str, settings: Engine
         if file.file == record.file:
             check_hash(bundle, file)
     check_fingerprint(bundle, record)
+    if record.backend in ("onnxruntime", "onnxruntime-cuda") and record.file not in {f.file for f in graph.files}:
+        # A graph elsewhere would take the weights that lie beside it there, whose hash nobody knows.
+        raise UnverifiedError(
+            f"the engine {record.full_name} of {bundle.folder} runs {record.file}, which is not the {record.precision} "
+            "graph of the bundle.",
+            cure="The manifest was edited. Export the checkpoint again.",
+        )
     pad_id = bundle.manifest.contract.pad_id
     tokenizer = TextTokenizer(bundle.path(bundle.manifest.tokenizer.file), bundle.manifest.contract)
     expected = None
@@ -213,6 +220,11 @@ def _load(bundle: Bundle, record: EngineRecord, selection: str, settings: Engine
         expected = golden.load(bundle)
         golden.check_tokenizer(tokenizer, expected)
     unverified = _unverified(bundle, record, gate)
+    if unverified and not gate.allow_unverified:  # hashing takes a while, and a comparison may have ended meanwhile
+        raise UnverifiedError(
+            f"the engine {record.full_name} of {bundle.folder} may not answer: {unverified}.",
+            cure=f"Run: f2rt parity {bundle.folder}",
+        )
     engine = open_raw_engine(bundle, record, settings)
     try:
         expected = expected or golden.stand_in(engine, tokenizer, pad_id)

@@ -44,6 +44,7 @@ class Policy:
 
     name: str = "default"
     limits: Mapping[str, Tolerance] = field(default_factory=lambda: dict(TOLERANCES))
+    file: str = field(default="", compare=False)  # where it was read
 
     @property
     def sha256(self) -> str:
@@ -67,8 +68,8 @@ def read_policy(path: Path | None) -> Policy:
     with explain_read_errors(path, InputError):
         data = path.read_bytes()
     try:
-        document = tomllib.loads(data.decode("utf-8"))
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        document = tomllib.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, a number of thousands of digits, deep nesting
         raise InputError(
             f"{path} is not TOML: {error}.", cure="See the shipped policy: f2rt parity --print-policy"
         ) from error
@@ -83,7 +84,7 @@ def read_policy(path: Path | None) -> Policy:
                 cure="Write each limit below the precision it is for.",
             )
         limits[precision] = replace(limits[precision], **_section(path, precision, section))
-    return Policy(name, limits)
+    return Policy(name, limits, str(path))
 
 
 def _section(path: Path, precision: str, section: dict[str, Any]) -> dict[str, float]:

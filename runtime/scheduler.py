@@ -248,6 +248,8 @@ class FairQueue:
             taken[ticket].append(index)
         for ticket, indices in taken.items():
             self._take(ticket, indices)
+        if self._lasting:
+            self._pressure.batch()
         self._rest()
         return Planned(chosen, max(ticket.lengths[index] for ticket, index in chosen))
 
@@ -282,8 +284,11 @@ class FairQueue:
         Candidates sorted by length: for each width from the first one's own upwards, rows are added downwards while the
         padding costs less than a batch of its own would. The best is the one with most real tokens for its cost.
         """
-        order = sorted(range(len(candidates)), key=lambda k: candidates[k][0].lengths[candidates[k][1]])
-        lengths = [candidates[k][0].lengths[candidates[k][1]] for k in order]
+        sizes = [ticket.lengths[index] for ticket, index in candidates]
+        # Of equal lengths the first in turn stands last, where the rows of a batch begin: a batch that takes only some
+        # of them takes it.
+        order = sorted(range(len(candidates)), key=lambda k: (sizes[k], -k))
+        lengths = [sizes[k] for k in order]
         head, budget, rows = order.index(0), self.budget, self._limits.max_batch_rows
         spare = self.cost.break_even_tokens
         best, best_score = (head, head), lengths[head] / (spare + self._shape(1, lengths[head]))
@@ -302,7 +307,7 @@ class FairQueue:
                 if bottom <= head and score >= best_score:  # of equals the larger one
                     best, best_score = (bottom, top), score
         bottom, top = best
-        return [candidates[k] for k in order[bottom : top + 1]]
+        return [candidates[k] for k in sorted(order[bottom : top + 1], key=lambda k: (sizes[k], k))]
 
     def _take(self, ticket: Ticket, indices: list[int]) -> None:
         """Count items of a ticket that was off the heap as served, and put it back where its next item stands."""

@@ -183,7 +183,7 @@ def serve(
     """
     configure(log_style)
     sys.setswitchinterval(_SWITCH_S)
-    _allow_connections(settings.max_connections)
+    _allow_connections(settings.max_connections * (2 if settings.http_address else 1))  # each port counts its own
     proven = prove(models, engine, settings)
     closed = bool(settings.keys_file) or (settings.tls is not None and bool(settings.tls.client_ca))
     for address in (settings.grpc_address, settings.http_address):
@@ -219,7 +219,10 @@ async def _within(waiting: Awaitable[object], seconds: float) -> None:
 def _allow_connections(wanted: int) -> None:
     """Let the process have as many files open as connections are allowed, as far as the system lets it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    need = wanted + 256 if hard == resource.RLIM_INFINITY else min(wanted + 256, hard)
+    wanted += 256  # the server's own
+    need = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if need < wanted:
+        log.warning("the system lets this process have %d files open; all connections allowed need %d", need, wanted)
     if soft != resource.RLIM_INFINITY and soft < need:
         resource.setrlimit(resource.RLIMIT_NOFILE, (need, hard))
 

@@ -133,16 +133,16 @@ def test_a_foreign_graph_is_not_followed(narrow_copy: Bundle, reference: Referen
 
 
 def test_guilt_is_where_the_error_grows_most_and_infinity_is_guilty_at_once() -> None:
-    def errors(*values: float) -> list[LayerError]:
+    def errors(*values: float | None) -> list[LayerError]:
         return [LayerError(f"layer {i}", v, v) for i, v in enumerate(values)]
 
     assert guilty(errors(0.1, 0.2, 0.9)).startswith("layer 2: the error grows from 2.0e-01 to 9.0e-01 there, 78%")
-    assert guilty(errors(0.1, float("inf"), float("inf"))).startswith("layer 1: the first with values")
+    assert guilty(errors(0.1, None, None)).startswith("layer 1: the first with values")
     assert guilty(errors(0.0, 0.0)) == ""
 
 
 def test_the_guilty_step_is_the_one_that_adds_most() -> None:
-    def stage(name: str, precision: str, rms: float) -> Stage:
+    def stage(name: str, precision: str, rms: float | None) -> Stage:
         return Stage(name, precision, "pass", layers=[LayerError("first", 9.0, 9.0), LayerError("last", rms, rms)])
 
     fp32 = stage("fp32 graph", "fp32", 1e-6)
@@ -153,7 +153,7 @@ def test_the_guilty_step_is_the_one_that_adds_most() -> None:
     ]
     smoothed = [stage("smoothed", "int8", 0.05), stage("int8 graph", "int8", 0.06), stage("uint8 form", "int8", 0.05)]
     assert guilty_steps([fp32, *smoothed]) == ["int8: the largest step is smoothed, from 1.0e-06 to 5.0e-02"]
-    broken = [stage("smoothed", "int8", float("inf")), stage("int8 graph", "int8", float("inf"))]
+    broken = [stage("smoothed", "int8", None), stage("int8 graph", "int8", None)]
     assert guilty_steps([fp32, *broken]) == ["int8: the largest step is smoothed, from 1.0e-06 to inf"]
 
 

@@ -29,6 +29,7 @@ from export.report.data import EngineReport, ParityReport, to_json
 from runtime.bundle import Bundle, EngineRecord, engine_fingerprint, open_bundle, write_manifest
 from runtime.errors import BundleError
 from runtime.files import sha256_file
+from runtime.gate import refusal
 from runtime.policy import Policy
 from runtime.tolerances import TOLERANCES
 
@@ -233,6 +234,20 @@ def test_golden_vectors_that_are_gone_are_made_without_running_an_engine(folder:
     assert sha256_file(folder / "golden.npz") == sha256
 
 
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_golden_vectors_that_are_damaged_are_made_again(folder: Path, damage: str) -> None:
+    """Whoever meets them says that parity is the cure."""
+    sha256, path = sha256_file(folder / "golden.npz"), folder / "golden.npz"
+    path.unlink() if damage == "gone" else path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(BundleError) as caught:
+        open_bundle(folder)
+    assert f"Run: f2rt parity {folder}" in caught.value.cure
+    assert Run(folder).compared == {}
+    record = open_bundle(folder).manifest.golden
+    assert record is not None
+    assert record.sha256 == sha256_file(folder / record.file) == sha256
+
+
 def open_bundle_without_golden(folder: Path) -> object:
     from runtime.bundle import read_manifest
 
@@ -248,6 +263,50 @@ def test_one_engine_asked_for_by_name_keeps_what_is_known_of_the_others(folder: 
     assert records[FP32].texts_sha256 == texts_sha256(TEXTS)  # type: ignore[union-attr]
     assert records[FP16].texts_sha256 == texts_sha256(TEXTS[:5])  # type: ignore[union-attr]
     assert Run(folder).compared == {FP16: "the texts changed"}
+
+
+def verdict_of(name: str, **fields: object) -> Callable[[EngineRecord], EngineRecord]:
+    return lambda e: replace(e, parity=replace(e.parity, **fields)) if e.full_name == name else e  # type: ignore[type-var,arg-type]
+
+
+def test_an_edited_report_is_not_carried_over(folder: Path) -> None:
+    """fp16 failed; its report was then made to say otherwise. Comparing fp32 must not bless that."""
+    edit_report(folder, lambda e: replace(e, verdict="fail") if e.engine == FP16 else e)
+    edit_engines(folder, verdict_of(FP16, verdict="fail"))
+    path = folder / "parity/report.json"
+    path.write_bytes(path.read_bytes().replace(b'"fail"', b'"pass"'))
+    run = Run(folder, engine_names=[FP32], force=True)
+    assert list(run.kept) == [FP32]
+    assert any(
+        line.startswith(f"not carried over: the verdict on {FP16}: parity/report.json is not") for line in run.lines
+    )
+    bundle = open_bundle(folder)
+    assert refusal(bundle, bundle.engine(FP32), Policy()) is None
+    assert refusal(bundle, bundle.engine(FP16), Policy()) is not None
+    assert set(Run(folder).compared) == {FP16}
+    assert refusal(open_bundle(folder), open_bundle(folder).engine(FP16), Policy()) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda e: replace(e, made_at="2999-01-01T00:00:00+00:00"), "the engine is newer than its verdict"),
+        (lambda e: replace(e, parity=replace(e.parity, texts=999)), "the manifest was edited: it says texts 999"),
+    ],
+    ids=["newer", "edited"],
+)
+def test_what_the_gate_refuses_is_compared_again(
+    folder: Path, change: Callable[[EngineRecord], EngineRecord], why: str
+) -> None:
+    """Its cure is to run parity: then parity must not say that nothing has changed."""
+    edit_engines(folder, lambda e: change(e) if e.full_name == FP16 else e)
+    bundle = open_bundle(folder)
+    assert refusal(bundle, bundle.engine(FP16), Policy()) is not None
+    run = Run(folder)
+    assert set(run.compared) == {FP16}
+    assert run.compared[FP16].startswith(why)
+    bundle = open_bundle(folder)
+    assert refusal(bundle, bundle.engine(FP16), Policy()) is None
 
 
 def test_verdict_is_that_of_those_asked_for(folder: Path) -> None:

@@ -36,7 +36,7 @@ from runtime.bundle import (
 from runtime.errors import BundleError, InputError, NotFoundError, UnverifiedError
 from runtime.loader import load_engine, select
 from runtime.tolerances import tolerance
-from tests.bundles import contents, forge_fingerprint
+from tests.bundles import contents, forge_fingerprint, forge_report
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -239,17 +239,21 @@ def test_unproven_engine_may_not_answer(
 
 def test_auto_passes_over_unproven_engines_and_says_so(bundle: Bundle) -> None:
     good = bundle.manifest.engines[0]
-    slow = replace(good, name="other:fp32")
-    record, why = select(with_engines(bundle, slow, replace(good, parity=None)), "auto")
-    assert record == slow
-    assert "onnxruntime:fp32 (never compared with PyTorch)" in why
+    fast = replace(good, name="onnxruntime:int8", parity=None)
+    record, why = select(with_engines(bundle, good, fast), "auto")
+    assert record == good
+    assert "onnxruntime:int8 (never compared with PyTorch)" in why
 
 
-def test_auto_prefers_the_faster_engine_whatever_the_order(bundle: Bundle) -> None:
-    good = bundle.manifest.engines[0]
-    slow = replace(good, name="other:fp32")
-    assert select(with_engines(bundle, slow, good), "auto")[0] == good
-    assert select(with_engines(bundle, good, slow), "auto")[0] == good
+def test_auto_prefers_the_faster_engine_whatever_the_order(bundle_copy: Bundle) -> None:
+    good = bundle_copy.manifest.engines[0]
+    slow = replace(good, name="onnxruntime:other")
+    write_manifest(bundle_copy.folder, replace(bundle_copy.manifest, engines=[good, slow]))
+    both = forge_report(bundle_copy.folder)
+    good, slow = both.manifest.engines
+    assert select(with_engines(both, slow, good), "auto")[0] == good
+    assert select(with_engines(both, good, slow), "auto")[0] == good
+    assert select(with_engines(both, slow), "auto")[0] == slow
 
 
 def test_asked_for_by_name_never_falls_back(bundle: Bundle) -> None:

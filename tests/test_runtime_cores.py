@@ -56,6 +56,21 @@ def test_the_older_hierarchy(groups: Path) -> None:
     assert cpu_quota() == 3
 
 
+@pytest.mark.parametrize(("listed", "mounted"), [("cpuacct,cpu", "cpu,cpuacct"), ("cpu,cpuacct", "cpu")])
+def test_the_older_hierarchy_under_another_name(groups: Path, listed: str, mounted: str) -> None:
+    write(groups.parent / "own", f"4:{listed}:/docker/1")
+    write(groups / mounted / "docker/1/cpu.cfs_quota_us", "200000")
+    write(groups / mounted / "docker/1/cpu.cfs_period_us", "100000")
+    assert cpu_quota() == 2
+
+
+def test_lines_that_say_nothing(groups: Path) -> None:
+    write(groups.parent / "own", "\nnonsense\n0::/x")
+    write(groups / "x/cpu.max", "100000 0")
+    write(groups / "unified/x/cpu.max", "300000 100000")
+    assert cpu_quota() == 3
+
+
 @pytest.mark.parametrize(("quota", "expected"), [(0.4, 1), (1.9, 1), (2.0, 2), (64.0, 8)])
 def test_a_quota_is_rounded_down_and_bounded_by_the_cores(
     quota: float, expected: int, monkeypatch: pytest.MonkeyPatch

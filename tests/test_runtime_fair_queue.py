@@ -135,6 +135,20 @@ def test_giants_do_not_starve_a_short_request(giants: int, tokens: int, served: 
     assert not short.open, "not served in its turn"
 
 
+@pytest.mark.parametrize("waiting", [1, 8, 38, 95, 400])
+def test_many_of_one_length_fill_a_batch(waiting: int) -> None:
+    """More of them than a batch takes: it is full, and has the first ones in it."""
+    line = queue(cost=known(10.0, 0.1))
+    tickets = [Ticket([20]) for _ in range(waiting)]
+    for ticket in tickets:
+        line.admit(ticket, 0)
+    most = line.budget // 20
+    assert 90 <= most <= 100
+    planned = line.next_batch(0)
+    assert planned is not None
+    assert [ticket for ticket, _ in planned.rows] == tickets[:most]
+
+
 def test_requests_of_one_size_are_served_in_order() -> None:
     waiting = queue(Limits(max_batch_rows=1), known(1, 0.1))
     tickets = [Ticket([10]) for _ in range(50)]
@@ -276,12 +290,42 @@ def test_one_outlier_does_not_change_the_cost_much() -> None:
     assert cost.batch_ms(100) < 150
 
 
-def test_pressure_counts_the_latest_events() -> None:
+def test_pressure_counts_the_latest_batches() -> None:
     pressure = Pressure()
-    for _ in range(1000):
-        pressure.arrived()
-    assert pressure.ratio > 100
+
+    def batch(came: int, served: int) -> None:
+        for _ in range(came):
+            pressure.arrived()
+        for _ in range(served):
+            pressure.served()
+        pressure.batch()
+
+    batch(1000, 1)
+    assert pressure.ratio == 1.0, "too little is known"
+    for _ in range(100):
+        batch(3, 1)
+    assert pressure.ratio == pytest.approx(3, abs=0.1)
     for _ in range(200):
-        pressure.arrived()
-        pressure.served()
-    assert pressure.ratio == 1.0
+        batch(1, 1)
+    assert pressure.ratio < 1.0
+
+
+@pytest.mark.parametrize("callers", [100, 300, 400])
+def test_callers_that_come_back_in_crowds_are_no_overload(callers: int) -> None:
+    """Whoever got an answer asks again at once, all of a batch together; lengths, and so batches, differ."""
+    settings = SchedulingSettings(max_wait_ms=1e9, burst_ms=200, standing_batches=1)
+    line = FairQueue(Limits(), settings, known(10.0, 0.1))
+    lengths = random.Random(0)
+    now_s = 0.0
+
+    def come(count: int) -> None:
+        for _ in range(count):
+            line.check_door(now_s)
+            line.admit(Ticket([lengths.randint(4, 60)]), now_s)
+
+    come(callers)
+    for _ in range(400):
+        planned = line.next_batch(now_s)
+        assert planned is not None
+        now_s += 1e-3 * line.cost.batch_ms(planned.padded_tokens)
+        come(len(planned.rows))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtime import golden
+from runtime import golden, loader
 from runtime.bundle import REPORT, Bundle, EngineRecord, ParityRecord, open_bundle, record_file, write_manifest
 from runtime.embedder import open_embedder
 from runtime.errors import BundleError, NotExecutableError, UnverifiedError
-from runtime.gate import Gate, refusal
+from runtime.gate import Gate, Refusal, refusal
 from runtime.loader import load_engine, select
 from runtime.policy import Policy
 from runtime.tolerances import TOLERANCES
@@ -103,7 +104,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Bundle], str, str]] = {
     "another policy": (
         lambda f: edit_verdicts(f, policy_sha256=LOOSE.sha256),
         f"under the policy {LOOSE.sha256[:12]}; asked for is default, {Policy().sha256[:12]}",
-        "or name the policy it was proven under with --policy FILE",
+        "; or name that one with --policy FILE",
     ),
     "before there were policies": (
         lambda f: edit_verdicts(f, policy_sha256=""),
@@ -176,10 +177,11 @@ def test_without_a_verdict_that_stands_it_does_not_answer(bundle_copy: Bundle, c
 def test_auto_passes_over_it_with_the_reason(bundle_copy: Bundle, case: str) -> None:
     """The other engine is slower, and verified: it goes first, allowed or not."""
     change, _, _ = REFUSED[case]
-    good, report = bundle_copy.manifest.engines[0], bundle_copy.path(REPORT).read_bytes()
+    slow = replace(bundle_copy.manifest.engines[0], target="slow", name="onnxruntime:other")
+    report = bundle_copy.path(REPORT).read_bytes().replace(FP32.encode(), slow.full_name.encode())
+    slow = replace(slow, parity=replace(verdict(bundle_copy), report_sha256=hashlib.sha256(report).hexdigest()))
     (bad,) = change(bundle_copy.folder).manifest.engines
     bundle_copy.path(REPORT).write_bytes(report)  # the good one's verdict stands on it
-    slow = replace(good, target="slow", name="onnxruntime:other")
     both = replace(bundle_copy, manifest=replace(bundle_copy.manifest, engines=[bad, slow]))
     for gate in (Gate(), WAIVED):
         record, why = select(both, "auto", gate=gate)
@@ -188,6 +190,29 @@ def test_auto_passes_over_it_with_the_reason(bundle_copy: Bundle, case: str) -> 
     found = refusal(both, bad, Policy())
     assert found is not None
     assert f"{FP32} ({found.reason})" in why
+
+
+def test_another_engines_name_does_not_take_its_verdict_along(bundle_copy: Bundle) -> None:
+    renamed = edit_engines(bundle_copy.folder, lambda e: replace(e, name="onnxruntime:int8"))
+    with pytest.raises(UnverifiedError, match=r"report\.json, which its verdict stands on, does not name it"):
+        select(renamed, "onnxruntime:int8")
+
+
+def test_a_graph_elsewhere_is_not_the_one_that_was_proven(bundle_copy: Bundle) -> None:
+    """The same bytes, and beside them weights that no hash is known of."""
+    folder = bundle_copy.folder
+    shutil.copytree(folder / "graphs", folder / "old")
+    moved = edit_engines(folder, lambda e: replace(e, file="old/fp32.onnx"))
+    for gate in (Gate(), WAIVED):
+        with pytest.raises(UnverifiedError, match=r"runs old/fp32\.onnx, which is not the fp32 graph of the bundle"):
+            load_engine(moved, gate=gate)
+
+
+def test_a_verdict_that_falls_while_the_engine_is_loaded(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [None, Refusal("it has failed meanwhile", "Ask again.")]
+    monkeypatch.setattr(loader, "refusal", lambda *given: answers.pop(0))
+    with pytest.raises(UnverifiedError, match="may not answer: it has failed meanwhile"):
+        load_engine(bundle)
 
 
 def test_what_a_verdict_may_leave_open(bundle_copy: Bundle) -> None:

@@ -60,9 +60,15 @@ def test_what_is_written_reads_the_same(tmp_path: Path, name: str) -> None:
     assert written(tmp_path, to_toml(Policy())) == Policy()
 
 
+def test_a_byte_order_mark_is_no_part_of_it(tmp_path: Path) -> None:
+    assert written(tmp_path, "\ufeff" + to_toml(Policy())) == Policy()
+
+
 WRONG = {
     "not TOML": (b"[int8\n", "is not TOML", "--print-policy"),
     "not UTF-8": (b'name = "\xff"\n', "is not TOML", "--print-policy"),
+    "too many digits": (b"[int8]\nmin_cosine = " + b"9" * 5000, "is not TOML", "--print-policy"),
+    "too deep": (b"a = " + b"[" * 3000, "is not TOML", "--print-policy"),
     "twice": (b"[int8]\n[int8]\n", "is not TOML", "--print-policy"),
     "unknown key": (b"[int8]\nmin_cosin = 0.9\n", "[int8] min_cosin is no limit; there are: min_cosine", "name"),
     "unknown precision": (b"[int4]\nmin_cosine = 0.9\n", "[int4] is no section of a policy; there are: bf16", "below"),

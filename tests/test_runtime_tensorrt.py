@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import io
 import logging
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -632,8 +633,9 @@ def test_auto_takes_the_gpu_engine_and_says_why(bundle_copy: Bundle, device: Fak
     record = added.engine("tensorrt-rtx:fp32@sm89")
     # fp16 in name only: fp32 stands in no speed order, since no builder makes it.
     renamed = [replace(e, name=e.name.replace("rtx:fp32", "rtx:fp16")) for e in added.manifest.engines]
-    ranked = replace(added.manifest, engines=renamed)
-    chosen, why = select(replace(added, manifest=ranked), "auto")
+    other = shutil.copytree(added.folder, added.folder.parent / "renamed")
+    write_manifest(other, replace(added.manifest, engines=renamed))
+    chosen, why = select(forge_report(other), "auto")
     assert chosen.full_name == "tensorrt-rtx:fp16@sm89"
     assert "fastest engine that runs here" in why
     assert "tensorrt-rtx:fp16@sm120 (tensorrt-rtx:fp16@sm120 was compiled for sm120; the GPU here is NVIDIA L4" in why

@@ -152,7 +152,8 @@ def test_a_policy_is_refused_at_start_and_shown_by_inspect(bundle: Bundle, tmp_p
             assert done.returncode == 2
             assert told in done.stderr.decode()
             assert Policy().sha256[:12] in done.stderr.decode()
-            assert "--policy FILE" in done.stderr.decode()
+            assert f"f2rt parity {folder} --policy {file}" in done.stderr.decode()
+            assert "or leave --policy out" in done.stderr.decode()
     shown = " ".join(f2rt("inspect", folder, "--policy", file).stdout.decode().split())
     assert f"loose, {LOOSE.sha256[:12]}" in shown
     assert "its verdict was reached" in shown

@@ -114,7 +114,7 @@ def test_a_connection_at_rest_and_a_slow_answer_are_no_missing_headers(
 def test_503_beyond_the_connections_that_may_be(bundle: Bundle) -> None:
     """As many as are allowed are answered; the next is told so, and when one goes there is room again."""
     with InProcess(open_embedder(bundle), http=True, max_connections=3) as server, contextlib.ExitStack() as stack:
-        ask = b"GET /health/live HTTP/1.1\r\nhost: x\r\n\r\n"
+        ask = b"GET /v1/models HTTP/1.1\r\nhost: x\r\n\r\n"
         peers = [stack.enter_context(talk(server)) for _ in range(3)]
         for peer in peers:
             peer.sendall(ask)
@@ -124,6 +124,11 @@ def test_503_beyond_the_connections_that_may_be(bundle: Bundle) -> None:
             answer = said_by(fourth)
         refused(answer, 503, "as many connections as it takes")
         assert answer.headers["retry-after"] == "1"
+        with talk(server) as silent:
+            refused(said_by(silent), 503, "as many connections as it takes")
+        with talk(server) as probe:
+            probe.sendall(b"GET /health/live HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert probe.recv(12) == b"HTTP/1.1 200"
         peers[0].close()
 
         def has_room() -> bool:
@@ -171,10 +176,22 @@ def test_what_is_not_http_is_refused(served: InProcess, web: httpx.Client, sent:
         assert peer.recv(12) in (b"HTTP/1.1 400", b"HTTP/1.1 404", b"")
 
 
-def test_400_can_be_read(served: InProcess, web: httpx.Client) -> None:
+@pytest.mark.parametrize("sent", [b"\x00" * 100 + b"\r\n\r\n", b"GET / HTTP/1.1\r\nx: " + b"y" * 400_000])
+def test_400_can_be_read(served: InProcess, web: httpx.Client, sent: bytes) -> None:
+    """Also where more was sent than the server cares to read: the connection is not reset before."""
     with talk(served) as peer:
-        peer.sendall(b"\x00" * 100 + b"\r\n\r\n")
+        peer.sendall(sent)
         refused(said_by(peer), 400, "not an HTTP/1.1 request")
+
+
+def test_a_body_that_stops_after_the_answer(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer needed no body: what is left of it may not hold the connection for ever."""
+    monkeypatch.setattr(http_connection, "HEADERS_S", 0.1)
+    with InProcess(open_embedder(bundle), http=True) as server, talk(server) as peer:
+        peer.sendall(b"GET /health/live HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n")
+        assert peer.recv(1 << 16).startswith(b"HTTP/1.1 200")
+        peer.sendall(b"y")
+        assert peer.recv(1 << 16) == b""
 
 
 def test_pipelined_requests_are_answered_in_order(served: InProcess, web: httpx.Client) -> None:

@@ -273,3 +273,25 @@ def test_models_by_name(embedder: Embedder, other_bundle: Bundle) -> None:
         assert client.info("mini-1").engine == "onnxruntime:fp16"
         with pytest.raises(NotFoundError, match="there is no model 'nope'; this server has: mini, mini-1"):
             client.embed(["a"], model="nope")
+
+
+def test_a_shadow_is_let_go_when_a_reload_brings_another_tokenizer(
+    bundle_copy: Bundle, embedder: Embedder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, shadow = held(embedder, permits=100_000)
+    with InProcess(open_embedder(bundle_copy)) as server, EmbeddingClient(server.grpc) as client:
+        look_on(server, shadow, ShadowSettings(bundle="", share=1.0))
+        client.reload()
+        looking = server.model.shadow
+        assert looking is not None
+        manifest = bundle_copy.manifest
+        for other in (
+            replace(manifest, tokenizer=replace(manifest.tokenizer, sha256="0" * 64)),
+            replace(manifest, contract=replace(manifest.contract, dim=64)),
+        ):
+            assert not looking.fits(replace(bundle_copy, manifest=other))
+        monkeypatch.setattr(Shadow, "fits", lambda *given: False)
+        client.reload()
+        assert server.model.shadow is None
+        assert "has another tokenizer than its shadow now: the shadow is off" in caplog.text
+        assert client.embed(["a"]).vectors.shape == (1, embedder.contract.dim)

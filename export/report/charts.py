@@ -111,7 +111,7 @@ def layers(stages: Sequence[Stage]) -> str:
         return ""
     figure, axes = _figure(3.2)
     for index, stage in enumerate(drawn):
-        values = [e.rms if 0 < e.rms < float("inf") else float("nan") for e in stage.layers]
+        values = [e.rms or float("nan") for e in stage.layers]
         axes.plot(values, color=_colour(index), label=stage.name, marker="o", markersize=3, linewidth=1.4)
     _log(axes.yaxis)
     names = [e.layer.removeprefix("layer ").replace("embedding", "emb") for e in drawn[0].layers]

@@ -8,6 +8,7 @@ JSON schema of these classes is `export/report/schema.json`; a change that an ol
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any, Literal
 
 import msgspec
@@ -135,12 +136,17 @@ class Latency:
 class LayerError:
     """How far the pooled token's state after `layer` is from PyTorch's, relative to its length, over the stage's texts.
 
-    `rms` and `worst` are of |x - y| / |y|.
+    `rms` and `worst` are of |x - y| / |y|; None where a value is not finite, which JSON cannot say.
     """
 
     layer: str
-    rms: float
-    worst: float
+    rms: float | None
+    worst: float | None
+
+    @property
+    def size(self) -> float:
+        """`rms`, infinity for None."""
+        return inf if self.rms is None else self.rms
 
 
 @dataclass(frozen=True)
@@ -256,7 +262,8 @@ class ParityReport:
     """The content of report.json. `verdict` is that of the engines asked for in the last run, `engines` holds all.
 
     `graphs` says how each graph was made: what was rescaled, smoothed and left out, and why. `stages` follows the error
-    from PyTorch through the graphs, layer by layer.
+    from PyTorch through the graphs, layer by layer. `partial` says what kind of short look it was that gives no
+    verdict; it is empty for one that does.
     """
 
     schema_version: int
@@ -273,6 +280,7 @@ class ParityReport:
     policy: PolicyRecord
     stages: list[Stage] = field(default_factory=list)
     activations: list[Activation] = field(default_factory=list)
+    partial: str = ""
 
 
 def policy_record(policy: Policy) -> PolicyRecord:

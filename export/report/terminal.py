@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text as Line
 
 from export.report.data import EngineReport, ParityReport
-from export.report.words import guilty_steps
+from export.report.words import guilty_steps, headline
 from runtime.bundle import GraphRecord, Verdict
 
 _SHOWN_WORST = 5
@@ -39,6 +39,7 @@ def print_report(report: ParityReport, console: Console) -> None:
         console.print(_stages(report))
         for step in guilty_steps(report.stages):
             console.print(step, markup=False, highlight=False)
+    console.print(headline(report), markup=False, highlight=False)
     policy = f"policy {report.policy.name} {report.policy.sha256[:12]}"
     console.print(_stamp(report.verdict), f"in {report.duration_s:.1f} s, {policy}")
 

@@ -15,10 +15,13 @@ def headline(report: ParityReport) -> str:
     passed = [e.engine for e in report.engines if e.verdict == "pass"]
     failed = [e.engine for e in report.engines if e.verdict == "fail"]
     idle = len(report.engines) - len(passed) - len(failed)
+    other = [e.engine for e in report.engines if e.policy_sha256 and e.policy_sha256 != report.policy.sha256]
     parts = [
+        report.partial,
         f"{_engines(len(passed))} within every limit" if passed else "",
         f"{_engines(len(failed))} outside the limits: {', '.join(failed)}" if failed else "",
         f"{_engines(idle)} not executed on this machine, so not proven" if idle else "",
+        f"of these under another policy than {report.policy.name}: {', '.join(other)}" if other else "",
     ]
     return "; ".join(p for p in parts if p) + "."
 
@@ -32,7 +35,7 @@ def guilty_steps(stages: Sequence[Stage]) -> list[str]:
 
     Each precision's steps begin where the fp32 graph's end.
     """
-    ends = {s.name: s.layers[-1].rms for s in stages if s.layers}
+    ends = {s.name: s.layers[-1].size for s in stages if s.layers}
     chains: dict[str, list[str]] = {}
     for stage in stages:
         if stage.layers:

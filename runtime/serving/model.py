@@ -131,8 +131,9 @@ class Model:
         """
         with self.entered() as pipeline:
             reply = pipeline.answer(call, lambda job: begun(job, pipeline))
-        if self.shadow is not None:
-            self._loop.call_soon_threadsafe(self.shadow.offer, reply)
+        shadow = self.shadow
+        if shadow is not None:
+            self._loop.call_soon_threadsafe(shadow.offer, reply)
         return reply
 
     async def embed(self, call: EmbedCall) -> EmbedReply:
@@ -204,7 +205,16 @@ class Model:
                 "%s switched from %s to %s (%s)", self.name, done.old_fingerprint, done.new_fingerprint, done.engine
             )
             warn_if_unverified(self.name, fresh.embedder)
+            await self._part_from_a_stranger()
             return done
+
+    async def _part_from_a_stranger(self) -> None:
+        """Drop a shadow that would read other words in the ids of the engine that now answers."""
+        shadow = self.shadow
+        if shadow is not None and not shadow.fits(self.embedder.bundle):
+            log.warning("%s has another tokenizer than its shadow now: the shadow is off", self.name)
+            self.shadow = None
+            await shadow.close()
 
     async def idle(self) -> None:
         """Return once every call has been answered, by the engine of now and by those before it."""

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import random
 
+from runtime.bundle import Bundle
 from runtime.errors import F2rtError, InputError
 from runtime.golden import row_cosines
 from runtime.serving.call import EmbedReply
@@ -27,19 +28,24 @@ class Shadow:
         self, pipeline: Pipeline, tokenizer_sha256: str, model: str, settings: ShadowSettings, metrics: Metrics
     ):
         """`tokenizer_sha256` is the model's own. Raises InputError when the two engines cannot see the same ids."""
+        self.pipeline = pipeline
         bundle = pipeline.embedder.bundle
         if bundle.manifest.tokenizer.sha256 != tokenizer_sha256:
             raise InputError(
                 f"the shadow engine of {bundle.folder} has another tokenizer than the model {model}.",
                 cure="Compare engines of one checkpoint; for two checkpoints see f2rt diff.",
             )
-        self.pipeline = pipeline
         self._model = model
         self._settings = settings
         self._drift = metrics.drift.labels(model)
         self._dropped = metrics.shadow_dropped.labels(model)
         self._chance = random.Random(0)  # which requests are looked at needs no secret
         self._busy: asyncio.Task[None] | None = None
+
+    def fits(self, bundle: Bundle) -> bool:
+        """Whether engines of a bundle give this one ids that mean the same here, and vectors of the same length."""
+        own, other = self.pipeline.embedder.bundle.manifest, bundle.manifest
+        return (own.tokenizer.sha256, own.contract.dim) == (other.tokenizer.sha256, other.contract.dim)
 
     def offer(self, reply: EmbedReply) -> None:
         """Maybe compare an answer that was just given."""
