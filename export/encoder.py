@@ -191,7 +191,12 @@ class _Builder:
         placed = {t: self.layout.constant(f"{name}.scale.{t.name}", scales, t) for t in _SCALE_TYPES}
         for value in (matrix, placed[self.narrow_type]):
             self.initializers.setdefault(str(value.name), value)
-        return self.op("DequantizeLinear", f"{name}.wide", matrix, placed[self.narrow_type], axis=1)
+        inputs = [matrix, placed[self.narrow_type]]
+        if self.types.rounded == ir.DataType.UINT8:
+            # ONNX Runtime, where it turns a matrix to uint8 (see `runtime.engines.onnxruntime`), wants each to have its
+            # own zero points.
+            inputs.append(self.small(f"{name}.zero_point", np.zeros(scales.shape, np.int8)))
+        return self.op("DequantizeLinear", f"{name}.wide", *inputs, axis=1)
 
     def feed(self, x: ir.Value, name: str, *, wide: bool, label: str | None = None) -> ir.Value:
         """Prepare the input called `name` of matrix products: rounded to INT8 or narrowed; `wide` says x is float32.

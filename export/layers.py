@@ -1,7 +1,7 @@
 """The state of the pooled token after every layer, as a graph computes it: where its error enters.
 
 Goes through a graph's own nodes, cut between layers as the probe does, so it needs the memory of one layer. Each text
-runs alone, unpadded.
+runs alone, unpadded. Narrow types are rounded as on a GPU, see `export.float16`: what overflows there does so here.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import runtime
 from export.config import EncoderConfig
 from export.encoder import build_encoder
 from export.external_data import DataLayout, read_entry
+from export.float16 import round_every_result
 from export.probe import layer_part, open_part
 from export.rescale import RescalePlan
 from export.weights import Weights
@@ -75,6 +76,7 @@ def _states(model: ir.Model, graph: Path, layers: int, sequences: Sequence[Seque
         start = starts[index - 1] if index else None
         part = layer_part(model, [start] if start else [], [end])
         fill(part)
+        round_every_result(part)
         try:
             session = open_part(graph, part)
             wanted = {value.name for value in session.get_inputs()}

@@ -25,7 +25,7 @@ from calibration.statistics import Rows, Statistics, merge, pack, pack_rows, per
 from export.cache import explain_cache_errors
 from export.config import EncoderConfig
 from export.encoder import IR_VERSION
-from runtime.cores import usable_cores
+from runtime.engines.onnxruntime import session_options
 from runtime.errors import EngineError, InputError, OutputError
 from runtime.files import cache_folder, explain_write_errors, write_atomic
 
@@ -271,9 +271,7 @@ def open_part(graph: Path, part: ir.Graph) -> onnxruntime.InferenceSession:
     """Open a part of `graph`, whose weights lie beside it, in ONNX Runtime."""
     for value in part.outputs:
         value.type = ir.TensorType(ir.DataType.FLOAT)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = usable_cores()
-    options.log_severity_level = 3
+    options = session_options(uint8=any(v.dtype == ir.DataType.UINT8 for v in part.initializers.values()))
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(graph.parent))
     proto = ir.to_proto(ir.Model(part, ir_version=IR_VERSION)).SerializeToString()
     return onnxruntime.InferenceSession(proto, options, providers=["CPUExecutionProvider"])

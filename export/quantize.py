@@ -27,7 +27,7 @@ from runtime.errors import InputError
 
 DEFAULT_BUDGET = 0.9
 # Raise it when the same measurements give another plan than before.
-RULES = 1
+RULES = 2
 
 Progress = Callable[[str, int, int], None]
 

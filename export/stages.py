@@ -2,15 +2,15 @@
 
     PyTorch -> fp32 graph -> weights rescaled (FP16) or smoothed (INT8), still float32 -> narrow graph
 
-Run on CPU, on the golden texts, so it is the same for whatever compiles the graph. An engine's own verdict comes from
-running the engine on all texts; a stage only explains it.
+Run on CPU on the golden texts, every narrow result rounded as a GPU does (`export.float16`): what overflows in float16
+shows here, before a GPU has seen the graph. An engine's own verdict comes from running the engine on all texts; a stage
+explains it, and says what to expect of engines that cannot run here.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,6 @@ from runtime.tolerances import Tolerance
 FOREIGN = "not f2rt's own graph: its layers have no names"
 NO_PLAN = "the bundle does not keep what its weights were multiplied with: export again"
 TWIN_FORM = ", uint8 form"
-_MORE = 1.5
 NOTHING_SHIFTED = "nothing had to be rescaled: its weights are those of the fp32 graph"
 
 
@@ -61,17 +60,7 @@ def follow(
         limits = policy.tolerance(precision if name.endswith("graph") or "form" in name else Precision.FP32)
         stages.append(stage(name, precision, found, expected[0], layer_names(config.layers), limits))
     progress("stages", len(steps), len(steps))
-    return [_of_kernels(s, stages) if s.name.endswith(TWIN_FORM) else s for s in stages]
-
-
-def _of_kernels(twin: Stage, stages: Sequence[Stage]) -> Stage:
-    """Say of the uint8 form what its kernels add: it is the int8 form's grid, so that nothing else can."""
-    form = next((s for s in stages if s.name == twin.name.removesuffix(TWIN_FORM)), None)
-    if form is None or not form.layers or not twin.layers or twin.layers[-1].size < _MORE * form.layers[-1].size:
-        return twin
-    times = twin.layers[-1].size / form.layers[-1].size
-    why = f"{times:.1f} times the int8 form's error on the same grid: 8-bit products saturate on a CPU without VNNI"
-    return replace(twin, guilty=f"{twin.guilty}; {why}" if twin.guilty else why)
+    return stages
 
 
 _States = Callable[[Sequence[Sequence[int]]], States]

@@ -21,6 +21,7 @@ from runtime.settings import Limits, SchedulingSettings
 
 _CANDIDATE_ITEMS = 256  # looked at for one batch at most
 _LEARN = 0.1  # how fast the mean size of a request follows
+_BURST_MS, _BURST_REQUESTS = 1000.0, 16  # may wait, where no limit is set
 _WASTE = 0.04  # of a batch that padding may be in any case
 
 Shape = Callable[[int, int], int]
@@ -111,6 +112,7 @@ class FairQueue:
         self._numbers = itertools.count()
         self._busy_since_s: float | None = None
         self._lasting = False  # whether it has been busy for longer than a burst
+        self._paused_s: float | None = None  # since when nothing has been waiting, in overload
         self._pressure = Pressure()
         self._mean_tokens = 0.0  # of a request
 
@@ -120,8 +122,8 @@ class FairQueue:
     def check_door(self, now_s: float) -> None:
         """Raise OverloadedError when no request can be admitted now. Cheap: it is asked before tokenization.
 
-        A burst may wait up to `max_wait_ms`. Where more is asked for than can be done, a queue of that length would add
-        latency and not one answer: it is then kept at a few batches.
+        A burst may wait up to `most_wait_ms`. Where more is asked for than can be done, a queue of that length would
+        add latency and not one answer: it is then kept at a few batches.
         """
         settings = self._settings
         self._note_arrival(now_s)
@@ -150,6 +152,8 @@ class FairQueue:
         self._note_end()
 
     def _note_arrival(self, now_s: float) -> None:
+        if self._paused_s is not None and 1e3 * (now_s - self._paused_s) > self._settings.burst_ms:
+            self._forget_load()
         since_s = self._busy_since_s
         lasting = since_s is not None and 1e3 * (now_s - since_s) > self._settings.burst_ms
         if lasting and not self._lasting:
@@ -177,6 +181,12 @@ class FairQueue:
         return self._settings.standing_batches * self.cost.batch_ms(self.budget)
 
     @property
+    def most_wait_ms(self) -> float:
+        """The wait that is let in a burst: in time, or for an engine that is slow, in requests."""
+        given = self._settings.max_wait_ms
+        return given or max(_BURST_MS, _BURST_REQUESTS * self.cost.batch_ms(round(self._mean_tokens)))
+
+    @property
     def budget(self) -> int:
         """Padded tokens of a batch: no more than it takes to be efficient, so that nobody waits behind a longer one."""
         least, most = self._settings.least_batch_tokens, self._limits.max_batch_tokens
@@ -202,8 +212,9 @@ class FairQueue:
             self._check_room(ticket, count, tokens, now_s)
         ticket.order = sorted(range(count), key=lambda i: -ticket.lengths[i])
         ticket.number, ticket.waiting_tokens, ticket.open = next(self._numbers), tokens, True
-        if not self._tickets:
+        if self._busy_since_s is None:
             self._busy_since_s = now_s
+        self._paused_s = None
         self._tickets += 1
         self.tokens += tokens
         self.items += count
@@ -220,9 +231,9 @@ class FairQueue:
         ):
             if self._tickets and waiting + own > limit:
                 self._refuse(f"{waiting} {what} are waiting and this request has {own}; the limit is {limit}")
-        wait_ms = self.wait_ms(tokens)
-        if wait_ms > settings.max_wait_ms:
-            self._refuse(f"the wait is {wait_ms:.0f} ms; the limit is {settings.max_wait_ms:g} ms")
+        wait_ms, most_ms = self.wait_ms(tokens), self.most_wait_ms
+        if wait_ms > most_ms:
+            self._refuse(f"the wait is {wait_ms:.0f} ms; the limit is {most_ms:.0f} ms")
         if ticket.deadline_s is not None:
             needed_ms, left_ms = wait_ms + self.cost.batch_ms(tokens), 1e3 * (ticket.deadline_s - now_s)
             if needed_ms > left_ms:
@@ -250,7 +261,7 @@ class FairQueue:
             self._take(ticket, indices)
         if self._lasting:
             self._pressure.batch()
-        self._rest()
+        self._rest(now_s)
         return Planned(chosen, max(ticket.lengths[index] for ticket, index in chosen))
 
     def _candidates(self, now_s: float) -> list[tuple[Ticket, int]]:
@@ -271,7 +282,7 @@ class FairQueue:
             for index in ticket.order[:most]:
                 found.append((ticket, index))
                 tokens += ticket.lengths[index]
-        self._rest()
+        self._rest(now_s)
         return found
 
     def _least_ms(self, ticket: Ticket) -> float:
@@ -340,12 +351,24 @@ class FairQueue:
         self.items -= len(ticket.order)
         self.tokens -= ticket.waiting_tokens
 
-    def _rest(self) -> None:
-        if not self._tickets:
-            self._heap.clear()
-            self._busy_since_s = None
-            self._lasting = False
-            self._virtual = 0.0
+    def _rest(self, now_s: float) -> None:
+        """Begin anew where nothing waits.
+
+        In overload the queue is short and runs empty now and then: each time taken for the end of it would let in a
+        whole burst again. Only a pause as long as a burst ends it.
+        """
+        if self._tickets:
+            return
+        self._heap.clear()
+        self._virtual = 0.0
+        if not self.is_overloaded:
+            self._forget_load()
+        elif self._paused_s is None:
+            self._paused_s = now_s
+
+    def _forget_load(self) -> None:
+        self._busy_since_s = self._paused_s = None
+        self._lasting = False
 
     def _refuse(self, reason: str) -> None:
         retry_s = max(self.wait_ms(self.tokens) / 2e3, 0.05)

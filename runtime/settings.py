@@ -62,18 +62,18 @@ class SchedulingSettings:
 
     `efficiency`: batches are as large as it takes to reach this part of the engine's best throughput, at least
     `least_batch_tokens` and at most `Limits.max_batch_tokens`. `gather_ms`: how long an idle engine waits for company
-    for the first request. A burst may wait up to `max_wait_ms`; when something has been waiting for `burst_ms` without
-    a pause and `overload` times as many requests come as are served, only as long as `standing_batches` batches take.
-    The rest are hard limits.
+    for the first request. A burst may wait up to `max_wait_ms`, where 0 is as long as 16 requests of the mean size take
+    and at least a second; when something has been waiting for `burst_ms` without a pause and `overload` times as many
+    requests come as are served, only as long as `standing_batches` batches take. The rest are hard limits.
     """
 
-    efficiency: float = 0.95
+    efficiency: float = 0.97
     least_batch_tokens: int = 64
     gather_ms: float = 0.0
-    max_wait_ms: float = 2000.0
-    burst_ms: float = 500.0
+    max_wait_ms: float = 0.0
+    burst_ms: float = 200.0
     overload: float = 1.3
-    standing_batches: float = 2.0
+    standing_batches: float = 3.0
     max_waiting_requests: int = 1024
     max_waiting_items: int = 16_384
     max_waiting_tokens: int = 600_000

@@ -8,9 +8,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-import torch
 from numpy.typing import NDArray
-from transformers import AutoModel
+from safetensors.numpy import load_file, save_file
 
 from calibration.texts import calibration_texts, verification_texts
 from export.checkpoint import Checkpoint
@@ -32,6 +31,7 @@ from runtime.loader import open_raw_engine
 from runtime.settings import EngineSettings
 from runtime.tolerances import tolerance
 from tests.hostile import HOSTILE, make_hostile
+from tests.narrow import cast_plainly, cast_without_rescaling, rounded_vectors
 
 TEXTS = [t for t in verification_texts() if len(t.text) < 200][::20]
 CALIBRATION = [t for t in calibration_texts() if len(t.text) < 400][::8]
@@ -67,18 +67,44 @@ def test_hostile_twin_computes_the_same_function(hostile: Path, reference: Refer
         assert np.abs(twin.embed(ids) - reference.embed(ids)).max() < 1e-5
 
 
-def test_naive_cast_fails_where_ours_holds(hostile: Path, hostile_bundle: Bundle, reference: Reference) -> None:
-    """Naive: the whole stock model in float16, as a plain cast of the graph would compute."""
+def test_a_plain_cast_fails_where_ours_holds(
+    hostile: Path, hostile_bundle: Bundle, reference: Reference, tmp_path: Path
+) -> None:
+    """The plain cast: the same fp32 graph with every tensor in float16. Both are rounded in the same way."""
     ids = [reference.tokenize(t.text, 1024) for t in TEXTS]
     expected = np.stack([reference.embed(i) for i in ids])
-    naive_model = AutoModel.from_pretrained(hostile, dtype=torch.float16).eval()
-    with torch.inference_mode():
-        states = [naive_model(input_ids=torch.tensor([i])).last_hidden_state[0, -1].float().numpy() for i in ids]
-    naive = row_cosines(np.stack(states), expected)  # a row that is not finite counts as -1
-    ours = row_cosines(vectors(hostile_bundle, "fp16", ids), expected)
+    ours = row_cosines(rounded_vectors(hostile_bundle.path("graphs/fp16.onnx"), ids), expected)
     assert ours.min() >= tolerance("fp16").min_cosine
+    answered = row_cosines(vectors(hostile_bundle, "fp16", ids), expected)
+    assert answered.min() >= tolerance("fp16").min_cosine
+    plain = cast_plainly(hostile_bundle.path("graphs/fp32.onnx"), tmp_path)
+    cosines = row_cosines(rounded_vectors(plain, ids), expected)  # a row that is not finite counts as -1
     if hostile.name != "outliers":  # float16 holds those; INT8 is where they hurt
-        assert naive.min() < 0.9
+        assert cosines.min() < 0.9
+
+
+def test_without_rescaling_what_passes_65504_is_lost(
+    hostile: Path, hostile_bundle: Bundle, reference: Reference, tmp_path: Path
+) -> None:
+    """Wide residuals and norms alone save the stream and outliers, and nothing else."""
+    ids = [reference.tokenize(t.text, 1024) for t in TEXTS[:6]]
+    expected = vectors(hostile_bundle, "fp32", ids)
+    graph = cast_without_rescaling(Checkpoint.open(locate(str(hostile))), tmp_path)
+    lost = row_cosines(rounded_vectors(graph, ids), expected).max() == -1
+    assert lost == (hostile.name not in ("residual", "outliers"))
+
+
+def test_the_report_finds_a_graph_that_overflows(mini: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime on CPU gives good vectors for it; the stages say what a GPU would."""
+    monkeypatch.setattr("export.graphs.rescale_plan", lambda checkpoint, measured: RescalePlan())
+    location = locate(str(make_hostile(mini, tmp_path / "gated", "gated")))
+    precisions = [Precision.FP32, Precision.FP16, Precision.BF16]
+    bundle = export_bundle(Checkpoint.open(location), tmp_path / "b", precisions, calibration=CALIBRATION)
+    report, _ = check_bundle(bundle, Reference(location), TEXTS[:5])
+    stages = {stage.name: stage for stage in report.stages}
+    assert stages["fp16 graph"].verdict == "fail"
+    assert stages["fp16 graph"].guilty == "layer 0: the first with values that are not finite"
+    assert stages["fp32 graph"].verdict == stages["bf16 graph"].verdict == "pass", "bfloat16 reaches as far as float32"
 
 
 def test_parity_passes_for_fp16_in_every_way_of_running(hostile_bundle: Bundle, hostile: Path) -> None:
@@ -179,19 +205,20 @@ def test_balance_keeps_both_sides_in_range() -> None:
     assert exponents[5] < 0  # one that is too heavy is lowered, while the activation has room
 
 
-def test_weight_beyond_float16_is_named_without_a_plan(mini: Path, tmp_path: Path) -> None:
+def test_a_weight_beyond_float16_is_named(mini: Path, tmp_path: Path) -> None:
     from runtime.errors import CheckpointError
 
     folder = make_hostile(mini, tmp_path / "h", "residual")
+    name = "layers.0.mlp.down_proj.weight"
+    tensors = {key: np.array(value) for key, value in load_file(folder / "model.safetensors").items()}
+    tensors[name][3, 5] = 1e5
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     checkpoint = Checkpoint.open(locate(str(folder)))
-    rows, columns = absmax(checkpoint.weights, "layers.0.mlp.down_proj.weight")
-    assert rows.shape == (256,)
-    assert columns.shape == (320,)
-    layout = DataLayout("x")
-    build_encoder(checkpoint.config, layout, producer_version="t", precision=Precision.FP16)
-    if max(rows.max(), columns.max()) > 65504:
-        with pytest.raises(CheckpointError, match="float16 ends at 65504"):
-            write(layout, checkpoint.weights, tmp_path / "x", lambda count: None)
+    rows, columns = absmax(checkpoint.weights, name)
+    assert (rows.shape, columns.shape) == ((256,), (320,))
+    assert rows[3] == columns[5] > 65504
+    with pytest.raises(CheckpointError, match=f"{name}.*float16 ends at 65504"):
+        cast_without_rescaling(checkpoint, tmp_path)
 
 
 def test_missing_statistics_are_an_error(checkpoint: Checkpoint) -> None:

@@ -21,7 +21,7 @@ from export.report.data import LayerError, Stage
 from export.report.words import guilty_steps
 from export.rescale import RescalePlan
 from export.samples import golden_of, make_samples
-from export.stages import FOREIGN, NOTHING_SHIFTED, _of_kernels, follow, guilty
+from export.stages import FOREIGN, NOTHING_SHIFTED, follow, guilty
 from runtime.bundle import Bundle, open_bundle, record_file, write_manifest
 from runtime.errors import BundleError
 from runtime.golden import Golden
@@ -46,8 +46,8 @@ def test_sound_graphs_pass_and_what_cannot_run_says_why(
     assert stages["fp32 graph"].verdict == stages["fp16 graph"].verdict == "pass"
     assert stages["fp32 graph"].layers[-1].rms < 1e-5 < stages["fp16 graph"].layers[-1].rms < 1e-2
     assert [e.layer for e in stages["fp16 graph"].layers] == layer_names(4)
-    assert stages["bf16 graph"].verdict == "not_executed"
-    assert "NOT_IMPLEMENTED" in stages["bf16 graph"].reason
+    assert stages["bf16 graph"].verdict == "pass"
+    assert stages["fp16 graph"].layers[-1].rms < stages["bf16 graph"].layers[-1].rms < 1e-1
     assert stages["rescaled for fp16, in float32"].reason == NOTHING_SHIFTED
 
 
@@ -168,13 +168,3 @@ def test_activations_come_from_the_bundle_itself(narrow_bundle: Bundle, tmp_path
     with pytest.raises(BundleError, match="SHA-256"):
         activations(copy)
     assert record_file(narrow_bundle.folder, record.file) == record
-
-
-def test_what_the_kernels_add_to_the_uint8_form_is_said() -> None:
-    def stage(name: str, rms: float) -> Stage:
-        return Stage(name, "int8", "pass", layers=[LayerError("layer 0", rms, rms)], guilty="layer 0: grows")
-
-    form = stage("int8 graph", 0.02)
-    assert _of_kernels(stage("int8 graph, uint8 form", 0.02), [form]).guilty == "layer 0: grows"
-    said = _of_kernels(stage("int8 graph, uint8 form", 0.05), [form]).guilty
-    assert said.startswith("layer 0: grows; 2.5 times the int8 form's error on the same grid")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from typing import Any
 
@@ -138,7 +139,7 @@ def test_giants_do_not_starve_a_short_request(giants: int, tokens: int, served: 
 @pytest.mark.parametrize("waiting", [1, 8, 38, 95, 400])
 def test_many_of_one_length_fill_a_batch(waiting: int) -> None:
     """More of them than a batch takes: it is full, and has the first ones in it."""
-    line = queue(cost=known(10.0, 0.1))
+    line = queue(cost=known(10.0, 0.1), efficiency=0.95)
     tickets = [Ticket([20]) for _ in range(waiting)]
     for ticket in tickets:
         line.admit(ticket, 0)
@@ -232,6 +233,41 @@ def test_overload_keeps_the_queue_short_and_a_burst_does_not() -> None:
             waiting.next_batch(now_s)
     assert refused > 200
     assert waiting.wait_ms(10) <= waiting.standing_wait_ms + 2 * cost.batch_ms(10)
+
+
+def test_a_queue_that_runs_empty_in_overload_lets_in_no_second_burst() -> None:
+    """Each request takes 16 ms; twice as many come, by chance, and so few may wait that at times none does."""
+    line = FairQueue(Limits(), SchedulingSettings(max_wait_ms=1000, burst_ms=200, standing_batches=1), known(0.5, 0.01))
+    chance = random.Random(0)
+    due_s = free_s = 0.0
+    waits, empty = [], 0
+    while due_s < 30:
+        if len(line) and free_s <= due_s:
+            planned = line.next_batch(free_s)
+            assert planned is not None
+            free_s += 1e-3 * line.cost.batch_ms(planned.padded_tokens)
+            empty += free_s > 3 and not len(line)
+            continue
+        free_s = max(free_s, due_s)
+        with contextlib.suppress(OverloadedError):
+            line.check_door(due_s)
+            if due_s > 3:  # the first burst is worked off
+                waits.append(line.wait_ms(1600))
+            line.admit(Ticket([chance.randint(50, 150) for _ in range(16)]), due_s)
+        due_s += chance.expovariate(2 / 0.016)
+    assert empty > 100
+    assert max(waits) < 100
+
+
+@pytest.mark.parametrize(("token_ms", "limit_ms"), [(0.1, 1000), (10, 1600)])
+def test_a_slow_engine_lets_in_sixteen_requests_and_a_fast_one_a_second(token_ms: float, limit_ms: float) -> None:
+    line = FairQueue(Limits(), SchedulingSettings(overload=1e9), known(0.0, token_ms))
+    for _ in range(2000):
+        with contextlib.suppress(OverloadedError):
+            line.admit(Ticket([10]), 0.0)
+    assert line.most_wait_ms == pytest.approx(limit_ms, rel=0.01)
+    with pytest.raises(OverloadedError, match=f"the limit is {limit_ms} ms"):
+        line.admit(Ticket([10]), 0.0)
 
 
 @pytest.mark.parametrize("callers", [8, 64, 400])
