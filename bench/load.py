@@ -21,6 +21,7 @@ from runtime._pb.f2rt.v1 import embedding_pb2_grpc as pb_grpc
 from runtime.client import retry_delay_s
 
 TIMEOUT_S = 60.0
+SETTLED_S = 3.0
 _RETRY_S = 0.01  # of a server that does not say
 
 
@@ -39,19 +40,26 @@ Ask = Callable[[Sequence[str]], Awaitable[Answer]]
 
 @dataclass
 class Outcomes:
-    """What became of the requests of one phase. Times in milliseconds; `seconds` is how long the phase was."""
+    """What became of the requests of one phase. Times in milliseconds; `seconds` is how long the phase was.
+
+    `settled_ms` are those of `ok_ms` that were due `SETTLED_S` or more after the phase began: what fills the queue at
+    the onset of overload is behind them.
+    """
 
     seconds: float = 0.0
     texts: int = 0
     ok_ms: list[float] = field(default_factory=list)
+    settled_ms: list[float] = field(default_factory=list)
     refused_ms: list[float] = field(default_factory=list)
     failed: int = 0
 
-    def add(self, outcome: Answer, texts: int, ms: float) -> None:
-        """Count one request."""
+    def add(self, outcome: Answer, texts: int, ms: float, due_s: float = 0.0) -> None:
+        """Count one request, due so many seconds after the phase began."""
         if outcome.kind == OK.kind:
             self.texts += texts
             self.ok_ms.append(ms)
+            if due_s >= SETTLED_S:
+                self.settled_ms.append(ms)
         elif outcome.kind == REFUSED.kind:
             self.refused_ms.append(ms)
         else:
@@ -66,7 +74,7 @@ class Outcomes:
         """Return the numbers; what has no value is left out."""
         data: dict[str, float] = {"texts_per_s": self.texts_per_s, "ok": len(self.ok_ms), "failed": self.failed}
         data["refused"] = len(self.refused_ms)
-        for name, times in (("ok", self.ok_ms), ("refused", self.refused_ms)):
+        for name, times in (("ok", self.ok_ms), ("settled", self.settled_ms), ("refused", self.refused_ms)):
             if times:
                 data |= {f"{name}_p50_ms": percentile(times, 50), f"{name}_p99_ms": percentile(times, 99)}
         return data
@@ -101,7 +109,7 @@ async def open_loop(ask: Ask, requests: Sequence[Sequence[str]], per_second: flo
 
     async def send(request: Sequence[str], due_s: float) -> None:
         outcome = await ask(request)
-        outcomes.add(outcome, len(request), 1e3 * (time.perf_counter() - due_s))
+        outcomes.add(outcome, len(request), 1e3 * (time.perf_counter() - due_s), due_s - start)
 
     while due < end:
         wait = due - time.perf_counter()

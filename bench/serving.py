@@ -19,7 +19,7 @@ from pathlib import Path
 import httpx
 
 from bench.inputs import private_cache, short_texts
-from bench.load import Outcomes, closed_loop, open_loop
+from bench.load import SETTLED_S, Outcomes, closed_loop, open_loop
 from bench.report import Result
 from bench.servers import GRPC, HTTP, PEERS, Contender, Running, running
 from calibration.texts import verification_texts
@@ -188,6 +188,7 @@ def _result(
             data.append({"server": one.name, "problem": one.problem})
             continue
         capacity, at_80 = one.phases["saturated"].texts_per_s, one.phases["0.8x"].as_data().get("ok_p99_ms")
+        overloads = tuple(f"{load:g}x" for load in LOADS[1:])
         entry: dict[str, object] = {"server": one.name, "of_raw": capacity / raw, "padding_waste": one.waste}
         for name, phase in one.phases.items():
             numbers = phase.as_data()
@@ -197,7 +198,10 @@ def _result(
                 [
                     *(one.name, name, f"{phase.texts_per_s:.1f}", f"{phase.texts_per_s / capacity:.2f}"),
                     *(_ms(numbers.get("ok_p50_ms")), _ms(p99)),
-                    f"{p99 / at_80:.2f}" if p99 and at_80 and name in ("2x", "10x") else "",
+                    *(
+                        f"{found / at_80:.2f}" if found and at_80 and name in overloads else ""
+                        for found in (p99, numbers.get("settled_p99_ms"))
+                    ),
                     *(str(len(phase.refused_ms)), _ms(numbers.get("refused_p99_ms")), str(phase.failed)),
                 ]
             )
@@ -213,13 +217,14 @@ def _result(
         command=f"python -m bench serving --size {size} --engine {engine} --seconds {seconds:g}",
         columns=[
             *("server", "load", "texts/s", "of its capacity", "p50 ms", "p99 ms", "p99 to that at 0.8x"),
-            *("refused", "refusals' p99 ms", "failed"),
+            *("after the onset", "refused", "refusals' p99 ms", "failed"),
         ],
         rows=rows,
         notes=[
             f"requests of {per_request} real texts of {TOKENS[0]} to {TOKENS[1]} tokens, the same for all; alone: one "
             "caller; saturated: a closed loop; 0.8x and so on: an open loop at this multiple of the server's capacity, "
-            "times counted from when a request was due",
+            "times counted from when a request was due; after the onset: the same ratio for requests due "
+            f"{SETTLED_S:g} s or more into the phase",
             f"the raw engine, in process, sorted by length, best of five batch sizes: {raw:.1f} texts/s",
             *notes,
         ],

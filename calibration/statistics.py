@@ -43,8 +43,15 @@ class Statistics:
         """Return the rows kept of a tensor. Raises InputError when there are none, or the file is damaged."""
         path = self.rows_folder / f"{name}.npz" if self.rows_folder else None
         if path is None or not path.is_file():
-            raise InputError(f"no rows of {name} were kept.", cure="Delete the probe's cache and export again.")
-        return unpack_rows(path.read_bytes())
+            raise InputError(
+                f"no rows of {name} were kept in {self.rows_folder}.", cure="Export again: they are then measured anew."
+            )
+        try:
+            return unpack_rows(path.read_bytes())
+        except InputError as error:
+            raise InputError(
+                f"{path}: {error.message}", cure=f"Delete {path.parent.parent} and export again."
+            ) from error
 
 
 @dataclass(frozen=True)

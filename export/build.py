@@ -36,6 +36,7 @@ from runtime.bundle import (
 from runtime.errors import BundleError, EngineError, InputError, explain_memory_errors
 
 ONNXRUNTIME_CUDA = "onnxruntime-cuda"
+_MOST_VALUES = 2**31 - 1  # of one tensor
 
 _OWN_GRAPH = "f2rt's own is made for its builders: export again without --from-onnx, with --precision fp16."
 
@@ -104,6 +105,24 @@ def _add_engine(
         ) from error
     _put(bundle, record)
     return Outcome(record, True, reason or "the bundle had none")
+
+
+def check_request(
+    folder: Path, backend: str, precisions: Sequence[str], profiles: Sequence[Profile], targets: Sequence[str | None]
+) -> None:
+    """Refuse what cannot be built before anything is. Raises as `add_engine`."""
+    bundle = open_bundle(folder)
+    for precision in precisions:
+        if backend == ONNXRUNTIME_CUDA:
+            bundle.graph(precision)
+            continue
+        _refuse_foreign(bundle, backend, precision)
+        check_backend(backend, precision)
+        bundle.graph(precision)
+    if backend != ONNXRUNTIME_CUDA:
+        _check_profiles(bundle, profiles)
+        for target in targets:
+            resolve_target(backend, target)
 
 
 def _refuse_foreign(bundle: Bundle, backend: str, precision: str) -> None:
@@ -193,7 +212,8 @@ def _put(bundle: Bundle, record: EngineRecord) -> None:
 def _remove_strays(bundle: Bundle, folder: Path) -> None:
     """Remove plans that no engine names: replaced ones, and those of a build that died before the manifest."""
     named = {bundle.path(engine.file) for engine in bundle.manifest.engines}
-    for plan in folder.glob("*.engine"):
+    # Whoever adds an engine has the bundle to itself, so a part that is there belongs to a build that is dead.
+    for plan in [*folder.glob("*.engine"), *folder.glob(".*.part")]:
         if plan not in named:
             plan.unlink(missing_ok=True)
 
@@ -205,6 +225,12 @@ def _check_profiles(bundle: Bundle, profiles: Sequence[Profile]) -> None:
             raise InputError(
                 f"the profile {profile} is outside of what the graph takes: 1 to {limit} tokens, at least 1 row.",
                 cure="Change it.",
+            )
+        values = profile.rows * profile.tokens * bundle.manifest.contract.dim
+        if values > _MOST_VALUES:
+            raise InputError(
+                f"the profile {profile} makes tensors of {values} values; a compiler takes {_MOST_VALUES}.",
+                cure=f"Give at most {_MOST_VALUES // (values // profile.rows)} rows of {profile.tokens} tokens.",
             )
 
 

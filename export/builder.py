@@ -61,7 +61,11 @@ class Target:
     @property
     def facts(self) -> dict[str, str]:
         """What to record about a GPU that was at hand."""
-        return {"gpu": self.device.name, "cuda driver": self.device.cuda} if self.device else {}
+        return (
+            {"gpu": self.device.name, "cuda driver": self.device.cuda, "driver": self.device.driver}
+            if self.device
+            else {}
+        )
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,9 @@ def build_engine(
 def check_backend(backend: str, precision: str) -> None:
     """Raise InputError unless `backend` compiles graphs of `precision`."""
     if backend not in FLAVOURS:
-        raise InputError(f"there is no builder {backend!r}.", cure=f"Choose one of: {', '.join(FLAVOURS)}.")
+        raise InputError(
+            f"there is no builder {backend!r}.", cure=f"Choose one of: {', '.join((*FLAVOURS, 'onnxruntime-cuda'))}."
+        )
     if precision not in PRECISIONS:
         raise InputError(
             f"{backend} does not build {precision}: it has no kernel for attention in float32.",
@@ -186,7 +192,7 @@ class _Build:
             config.add_optimization_profile(self._profile(builder, network, profile))
         timing = None
         if self._backend == "tensorrt" and target.device is not None:
-            key = [*cache_key, trt.__version__, target.device.target, target.device.cuda, *map(str, profiles), *flags]
+            key = [*cache_key, trt.__version__, target.device.target, target.device.driver, *map(str, profiles), *flags]
             timing = TimingCache(config, key)
             flags.append(timing.state)
         sha256, size_bytes = self._compile(builder, network, config, graph, plan, target)
@@ -275,7 +281,7 @@ class _Build:
         return EngineError(
             f"{self._backend} ran out of memory while compiling {graph.name} for {target.name}: "
             f"{last_words(self._messages)}. Nothing was changed.",
-            cure="It needs about 2 to 3 times the size of the graph's weights: free some memory, or build with fewer "
+            cure="It needs 1.7 to 2.6 times the size of the graph's weights: free some memory, or build with fewer "
             "profiles.",
         )
 

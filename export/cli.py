@@ -37,8 +37,9 @@ def export_command(
         Path | None, typer.Option(help="Your own calibration texts (JSON lines or plain text) in place of the shipped.")
     ] = None,
     int8_budget: Annotated[
-        float, typer.Option(help="Part of the matrix work that must stay INT8; the rest may be left out.")
-    ] = 0.9,
+        float | None,
+        typer.Option(help="Part of the matrix work that must stay INT8; the rest may be left out. [default: 0.9]"),
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     from_onnx: Annotated[
         Path | None,
@@ -57,13 +58,16 @@ def export_command(
         from export.checkpoint import Checkpoint
         from export.hub import locate
         from export.pipeline import export_bundle
-        from export.precision import parse_precisions
+        from export.precision import Precision, parse_precisions
+        from export.quantize import DEFAULT_BUDGET
         from runtime.errors import InputError
 
         if model is None and from_onnx is None:
             raise InputError("no checkpoint was given.", cure="Call f2rt export MODEL --out BUNDLE.")
         if from_onnx is not None and calibration is not None:
             raise InputError("--calibration shapes graphs that f2rt writes itself.", cure=foreign.OWN_GRAPH)
+        if from_onnx is not None and int8_budget is not None:
+            raise InputError("--int8-budget shapes graphs that f2rt writes itself.", cure=foreign.OWN_GRAPH)
         texts = read_texts(calibration) if calibration else None
         if texts is not None:
             check_disjoint(texts, verification_texts(), str(calibration))
@@ -79,6 +83,8 @@ def export_command(
         screen = console.out()
         for notice in [*checkpoint.notices, *(given.notices if given else ())]:
             screen.print(f"notice: {notice}", markup=False)
+        if texts is not None and precisions == [Precision.FP32]:
+            screen.print(f"notice: {calibration} is not used: fp32 needs no calibration", markup=False)
         lines: list[str] = []
         with console.bars() as bars:
             bundle = export_bundle(
@@ -87,7 +93,7 @@ def export_command(
                 precisions,
                 lambda step, done: bars.update(step.label, done, step.total),
                 calibration=texts,
-                int8_budget=int8_budget,
+                int8_budget=DEFAULT_BUDGET if int8_budget is None else int8_budget,
                 foreign=given,
                 force=force,
                 tell=lines.append,
@@ -120,15 +126,18 @@ def build_command(
 ) -> None:
     """Compile engines from a bundle's graphs, or record them where nothing is compiled. Without a GPU, name targets."""
     with console.readable_errors(), export_extra():
-        from export.build import add_engine
+        from export.build import add_engine, check_request
         from export.precision import parse_precisions
         from export.profiles import parse_profiles
         from runtime.bundle import open_bundle
 
         profiles = parse_profiles(profile, open_bundle(bundle).manifest.contract.max_tokens)
         screen = console.out()
-        for wanted in parse_precisions(precision):
-            for gpu in [part.strip() for part in target.split(",")] if target else [None]:
+        precisions = parse_precisions(precision)
+        targets = [part.strip().lower() for part in target.split(",")] if target else [None]
+        check_request(bundle, backend, precisions, profiles, targets)
+        for wanted in precisions:
+            for gpu in targets:
                 with console.bars() as bars:
                     turn = Wait(wait, bars.say)
                     done = add_engine(bundle, backend, wanted, profiles, target=gpu, progress=bars.update, wait=turn)

@@ -227,7 +227,7 @@ def _narrow(entry: Entry, chunk: NDArray[np.float32]) -> NDArray[np.generic]:
     if not np.isfinite(chunk).all():
         bad = int(np.count_nonzero(~np.isfinite(chunk)))
         raise CheckpointError(
-            f"the weight {entry.source} holds {bad} values that are not finite (NaN or infinity).",
+            f"the weight {entry.source} holds {bad} {'value' if bad == 1 else 'values'} not finite (NaN or infinity).",
             cure="The checkpoint is damaged: download it again.",
         )
     if entry.dtype == ir.DataType.FLOAT:

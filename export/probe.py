@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from export.cache import explain_cache_errors
 from export.config import EncoderConfig
 from export.encoder import IR_VERSION
 from runtime.engines.onnxruntime import session_options
-from runtime.errors import EngineError, InputError, OutputError
+from runtime.errors import EngineError, InputError
 from runtime.files import cache_folder, explain_write_errors, write_atomic
 
 Progress = Callable[[str, int, int], None]
@@ -79,11 +80,31 @@ def probe(
         raise InputError("there are no calibration texts.", cure="Give at least one.")
     folder = (cache or cache_folder()) / "probe" / _key(graph_sha256, sequences)
     finished = folder / "statistics.npz"
-    if not finished.is_file():
+    rows = [folder / "rows" / f"layers.{layer}.{name}.npz" for layer in range(config.layers) for name in INPUTS]
+    known = _read(finished) if all(zipfile.is_zipfile(path) for path in rows) else None
+    if known is None:
+        finished.unlink(missing_ok=True)
         with explain_cache_errors():
-            write_atomic(finished, pack(_Probe(graph, config, sequences, folder, progress).statistics()))
+            try:
+                known = _Probe(graph, config, sequences, folder, progress).statistics()
+            except _DamagedError:
+                shutil.rmtree(folder)
+                known = _Probe(graph, config, sequences, folder, progress).statistics()
+            write_atomic(finished, pack(known))
         shutil.rmtree(folder / "layers", ignore_errors=True)
-    return replace(unpack(finished.read_bytes()), rows_folder=folder / "rows")
+    return replace(known, rows_folder=folder / "rows")
+
+
+class _DamagedError(Exception):
+    """What an interrupted probe left cannot be read."""
+
+
+def _read(path: Path) -> Statistics | None:
+    """Return what was kept, or None when it is not there or damaged: then it is measured again."""
+    try:
+        return unpack(path.read_bytes())
+    except (OSError, InputError):
+        return None
 
 
 def _key(graph_sha256: str, sequences: Sequence[Sequence[int]]) -> str:
@@ -121,7 +142,10 @@ class _Probe:
             following = self._layers / f"{index + 1}.npz"
             last = index == self._config.layers - 1  # nothing goes on from it, so it keeps no streams
             if path.is_file() and (last or following.is_file() or self._streams_file(index).is_file()):
-                parts.append(unpack(path.read_bytes()))
+                known = _read(path)
+                if known is None:
+                    raise _DamagedError
+                parts.append(known)
                 streams = None
                 continue
             if index >= 0 and streams is None:
@@ -208,7 +232,7 @@ class _Probe:
         try:
             rows = np.load(self._streams_file(index), mmap_mode="r")
         except (OSError, ValueError) as error:
-            raise OutputError(f"{self._streams_file(index)} cannot be read: {error}.", cure="Delete it.") from error
+            raise _DamagedError from error
         return [rows[a:b][None] for a, b in zip(self._offsets[:-1], self._offsets[1:], strict=True)]
 
 

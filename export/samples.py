@@ -99,7 +99,8 @@ def coverage_of(samples: Sequence[Sample], contract: Contract, missing_prompts: 
     """Count what the samples cover."""
     texts = [s.text for s in samples]
     code = {t.language for t in texts if t.kind == "code"}
-    natural = {t.language for t in texts if t.kind != "code"} - code - {"und", "zxx", "mul"}
+    # Edge cases are no texts of a language; `ada` and `lua` are languages that people speak, too.
+    natural = {t.language for t in texts if t.kind not in ("code", "edge")} - {"und", "zxx", "mul"}
     lengths = [len(s.ids) for s in samples]
     return Coverage(
         texts=len(texts),

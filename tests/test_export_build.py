@@ -138,6 +138,10 @@ def test_profile_beyond_the_graph_is_refused(narrow_copy: Bundle) -> None:
     for profile in (Profile(1, 1025), Profile(0, 5), Profile(3, 0)):
         with pytest.raises(InputError, match=f"the profile {profile} is outside of what the graph takes: 1 to 1024"):
             add_engine(narrow_copy.folder, RTX, "fp16", (Profile(1, 8), profile), target="sm89")
+    for profile, most in ((Profile(3_000_000_000, 1), 8_388_607), (Profile(20_000, 1024), 8191)):
+        with pytest.raises(InputError, match=f"the profile {profile} makes tensors of") as caught:
+            add_engine(narrow_copy.folder, RTX, "fp16", (profile,), target="sm89")
+        assert caught.value.cure == f"Give at most {most} rows of {profile.tokens} tokens."
     assert not (narrow_copy.folder / "engines").exists()
 
 
@@ -297,6 +301,8 @@ def test_killed_before_the_manifest_is_written(with_engine: Bundle, monkeypatch:
     now = files(with_engine.folder)
     assert {name: now[name] for name in before} == before
     assert len(now) == len(before) + 1
+    part = with_engine.folder / "engines" / RTX / ".fp16-sm89.engine.x1y2.part"
+    part.write_bytes(b"of a build that was killed")
     add_engine(with_engine.folder, RTX, "fp16", (Profile(2, 16),), target="sm89")
     plans = list((with_engine.folder / "engines" / RTX).iterdir())
     assert plans == [with_engine.path(open_bundle(with_engine.folder).engine("tensorrt-rtx:fp16").file)]
@@ -329,6 +335,20 @@ def test_build_command(narrow_copy: Bundle) -> None:
     assert run(app, [*arguments[:-1], "9x9999"]).exit_code == 2
     cuda = ["build", str(narrow_copy.folder), "--backend", "onnxruntime-cuda", "--precision", "fp32,fp16"]
     assert run(app, cuda).output.count("built ") == 2
+
+
+@pytest.mark.parametrize(
+    ("precision", "target", "words"),
+    [("fp16", "sm89,sm999", "does not build for 'sm999'"), ("fp16,int8", "sm89", "no int8 graph")],
+)
+def test_nothing_is_built_of_a_list_with_something_wrong_in_it(
+    narrow_copy: Bundle, precision: str, target: str, words: str
+) -> None:
+    arguments = ["build", str(narrow_copy.folder), "--backend", RTX, "--precision", precision, "--target", target]
+    done = CliRunner().invoke(app, [*arguments, "--profile", "1x32"])
+    assert done.exit_code == 2
+    assert words in " ".join(done.output.split())
+    assert not (narrow_copy.folder / "engines").exists()
 
 
 def test_build_command_without_target_and_gpu_names_the_cure(narrow_copy: Bundle, no_gpu: None) -> None:

@@ -455,7 +455,7 @@ def test_weight_that_is_not_finite_is_refused_and_the_old_bundle_stays(
         return tensor
 
     replaced(name, poison)(folder)
-    with pytest.raises(CheckpointError, match=rf"{name} holds 1 values that are not finite") as caught:
+    with pytest.raises(CheckpointError, match=rf"{name} holds 1 value not finite") as caught:
         export(folder, target)
     assert caught.value.cure
     assert [p.name for p in target.iterdir()] == ["manifest.json"]

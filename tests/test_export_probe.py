@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,42 @@ def test_interrupted_probe_resumes(
         progress=lambda label, *_: labels.append(label),
     )
     assert labels == []  # the second time it is read from the cache
+
+
+@pytest.mark.parametrize("damaged", ["statistics.npz", "rows/layers.1.mlp.gated.npz", "rows"])
+def test_what_is_damaged_in_the_cache_is_measured_again(
+    bundle: Bundle, checkpoint: Checkpoint, tmp_path: Path, damaged: str
+) -> None:
+    graph = bundle.path("graphs/fp32.onnx")
+    whole = probe(graph, "x", checkpoint.config, SEQUENCES, cache=tmp_path)
+    (folder,) = (tmp_path / "probe").iterdir()
+    path = folder / damaged
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.write_bytes(path.read_bytes()[:1000])
+    again = probe(graph, "x", checkpoint.config, SEQUENCES, cache=tmp_path)
+    for name, values in whole.largest.items():
+        np.testing.assert_array_equal(values, again.largest[name])
+    assert again.rows("layers.1.mlp.gated").sampled.shape == whole.rows("layers.1.mlp.gated").sampled.shape
+
+
+@pytest.mark.parametrize("damaged", ["1.npz", "1.streams.npy"])
+def test_what_an_interrupted_probe_left_damaged_is_measured_again(
+    bundle: Bundle, checkpoint: Checkpoint, tmp_path: Path, damaged: str
+) -> None:
+    def strike(label: str, done: int, total: int) -> None:
+        if label == "probe: layer 2":
+            raise CutError
+
+    graph = bundle.path("graphs/fp32.onnx")
+    with pytest.raises(CutError):
+        probe(graph, "x", checkpoint.config, SEQUENCES, cache=tmp_path, progress=strike)
+    (folder,) = (tmp_path / "probe").iterdir()
+    path = folder / "layers" / damaged
+    path.write_bytes(path.read_bytes()[:50])
+    assert probe(graph, "x", checkpoint.config, SEQUENCES, cache=tmp_path).tokens == sum(map(len, SEQUENCES))
+    assert not (folder / "layers").exists()
 
 
 def test_other_texts_or_weights_are_another_probe(bundle: Bundle, checkpoint: Checkpoint, tmp_path: Path) -> None:

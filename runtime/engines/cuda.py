@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,12 +20,16 @@ from runtime.errors import EngineError, MissingExtraError, NotExecutableError
 
 @dataclass(frozen=True)
 class Device:
-    """The GPU that engines run on. `capability` is (major, minor); `cuda` the CUDA version its driver supports."""
+    """The GPU that engines run on. `capability` is (major, minor); `cuda` the CUDA version its driver supports.
+
+    `driver` is the driver's own version, as far as the system says; several support one CUDA version.
+    """
 
     name: str
     capability: tuple[int, int]
     memory_bytes: int
     cuda: str
+    driver: str = ""
 
     @property
     def sm(self) -> str:
@@ -137,6 +142,7 @@ class CudaRuntime:
             capability=(int(properties.major), int(properties.minor)),
             memory_bytes=int(properties.totalGlobalMem),
             cuda=self._version(cuda.cudaDriverGetVersion()),
+            driver=_driver_version() or self._version(cuda.cudaDriverGetVersion()),
         )
 
     def allocate(self, size_bytes: int) -> int:
@@ -228,3 +234,12 @@ class CudaRuntime:
         error, number = result
         self._check(error)
         return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def _driver_version() -> str:
+    """Return the NVIDIA driver's version as its kernel module says it, or "" where it does not (outside Linux)."""
+    try:
+        found = re.search(r"\b\d+\.\d+(\.\d+)?\b", Path("/proc/driver/nvidia/version").read_text())
+    except OSError:
+        return ""
+    return found[0] if found else ""
