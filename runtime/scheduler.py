@@ -21,7 +21,7 @@ from runtime.settings import Limits, SchedulingSettings
 
 _CANDIDATE_ITEMS = 256  # looked at for one batch at most
 _LEARN = 0.1  # how fast the mean size of a request follows
-_BURST_MS, _BURST_REQUESTS = 1000.0, 16  # may wait, where no limit is set
+_BURST_MS, _BURST_REQUESTS = 1000.0, 8  # may wait, where no limit is set
 _WASTE = 0.04  # of a batch that padding may be in any case
 
 Shape = Callable[[int, int], int]

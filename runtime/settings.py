@@ -62,7 +62,7 @@ class SchedulingSettings:
 
     `efficiency`: batches are as large as it takes to reach this part of the engine's best throughput, at least
     `least_batch_tokens` and at most `Limits.max_batch_tokens`. `gather_ms`: how long an idle engine waits for company
-    for the first request. A burst may wait up to `max_wait_ms`, where 0 is as long as 16 requests of the mean size take
+    for the first request. A burst may wait up to `max_wait_ms`, where 0 is as long as 8 requests of the mean size take
     and at least a second; when something has been waiting for `burst_ms` without a pause and `overload` times as many
     requests come as are served, only as long as `standing_batches` batches take. The rest are hard limits.
     """

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from calibration.statistics import percentiles_of
 from export.checkpoint import Checkpoint
 from export.probe import probe
 from export.reference import Reference
@@ -132,3 +133,19 @@ def test_other_texts_or_weights_are_another_probe(bundle: Bundle, checkpoint: Ch
     assert len(list((tmp_path / "probe").iterdir())) == 3
     with pytest.raises(InputError, match="no calibration texts"):
         probe(graph, "x", checkpoint.config, [], cache=tmp_path)
+
+
+def test_percentiles_are_those_of_each_channels_magnitudes() -> None:
+    rows = np.random.default_rng(0).permuted(np.arange(-500, 500, dtype=np.float32)[:, None] * [1, -2, 0], axis=0)
+    median, high, highest = percentiles_of(rows.astype(np.float32))
+    np.testing.assert_allclose(median, [250, 500, 0], atol=2)
+    np.testing.assert_allclose(high, [495, 990, 0], atol=2)
+    np.testing.assert_allclose(highest, [499, 999, 0], atol=2)
+
+
+def test_percentiles_come_from_the_texts(bundle: Bundle, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    statistics = probe(bundle.path("graphs/fp32.onnx"), "x", checkpoint.config, SEQUENCES, cache=tmp_path)
+    for name, values in statistics.percentiles.items():
+        assert (np.diff(values, axis=0) >= 0).all(), name
+        assert (values <= statistics.absmax(name) * 1.01 + 1e-6).all(), name
+        assert values.max() > 0, name
