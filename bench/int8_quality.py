@@ -128,7 +128,9 @@ def _engines(
     paths |= {NAMES[kind]: make_form(kind, fp32, work / kind, sequences) for kind in FORMS}
     settings = EngineSettings(threads=usable_cores())
     for name, path in paths.items():
-        engine = OnnxRuntimeEngine(path, name=name, precision="int8", fingerprint="", settings=settings)
+        engine = OnnxRuntimeEngine(
+            path, name=name, precision="int8", fingerprint="", settings=settings, exact=name == UINT8
+        )
         yield name, engine.run
         engine.close()
 

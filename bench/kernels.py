@@ -25,9 +25,9 @@ class Kernels:
 
 
 def session_options(graph: Path, threads: int = 0) -> onnxruntime.SessionOptions:
-    """Return the very options the engine opens a graph with: other options, other kernels."""
+    """Return the very options the engine opens INT8's uint8 form with: other options, other kernels."""
     settings = EngineSettings(threads=threads)
-    engine = OnnxRuntimeEngine(graph, name="profile", precision="int8", fingerprint="", settings=settings)
+    engine = OnnxRuntimeEngine(graph, name="profile", precision="int8", fingerprint="", settings=settings, exact=True)
     options = engine._session.get_session_options()
     engine.close()
     return options

@@ -182,13 +182,13 @@ def _result(
     rows: list[list[str]] = []
     data: list[dict[str, object]] = []
     notes: list[str] = []
+    overloads = [f"{load:g}x" for load in LOADS[1:]]
     for one in measured:
         if one.problem:
             notes.append(f"{one.name}: not measured, {one.problem}")
             data.append({"server": one.name, "problem": one.problem})
             continue
         capacity, at_80 = one.phases["saturated"].texts_per_s, one.phases["0.8x"].as_data().get("ok_p99_ms")
-        overloads = tuple(f"{load:g}x" for load in LOADS[1:])
         entry: dict[str, object] = {"server": one.name, "of_raw": capacity / raw, "padding_waste": one.waste}
         for name, phase in one.phases.items():
             numbers = phase.as_data()

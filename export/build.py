@@ -91,6 +91,7 @@ def _add_engine(
     old = _find(bundle, f"{backend}:{precision}", place.name)
     reason = _stale(bundle, old, graph, backend, version, profiles)
     if old is not None and reason is None:
+        _remove_strays(bundle, bundle.path(old.file).parent)
         return Outcome(old, False, UNCHANGED)
     problem = damage(bundle, graph.files)
     if problem:
@@ -229,8 +230,8 @@ def _check_profiles(bundle: Bundle, profiles: Sequence[Profile]) -> None:
         values = profile.rows * profile.tokens * bundle.manifest.contract.dim
         if values > _MOST_VALUES:
             raise InputError(
-                f"the profile {profile} makes tensors of {values} values; a compiler takes {_MOST_VALUES}.",
-                cure=f"Give at most {_MOST_VALUES // (values // profile.rows)} rows of {profile.tokens} tokens.",
+                f"the profile {profile} makes tensors of {values} values and more; a compiler takes {_MOST_VALUES}.",
+                cure="Give it fewer rows or tokens.",
             )
 
 

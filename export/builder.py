@@ -61,11 +61,10 @@ class Target:
     @property
     def facts(self) -> dict[str, str]:
         """What to record about a GPU that was at hand."""
-        return (
-            {"gpu": self.device.name, "cuda driver": self.device.cuda, "driver": self.device.driver}
-            if self.device
-            else {}
-        )
+        if self.device is None:
+            return {}
+        known = {"gpu": self.device.name, "cuda driver": self.device.cuda, "driver": self.device.driver}
+        return {name: value for name, value in known.items() if value}
 
 
 @dataclass(frozen=True)
@@ -192,7 +191,14 @@ class _Build:
             config.add_optimization_profile(self._profile(builder, network, profile))
         timing = None
         if self._backend == "tensorrt" and target.device is not None:
-            key = [*cache_key, trt.__version__, target.device.target, target.device.driver, *map(str, profiles), *flags]
+            key = [
+                *cache_key,
+                trt.__version__,
+                target.device.target,
+                target.device.software,
+                *map(str, profiles),
+                *flags,
+            ]
             timing = TimingCache(config, key)
             flags.append(timing.state)
         sha256, size_bytes = self._compile(builder, network, config, graph, plan, target)

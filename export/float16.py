@@ -5,8 +5,8 @@ two such nodes, so that a value beyond 65504 passes in float32 and nobody learns
 gives good vectors on a CPU. Here the roundings are nodes of their own, which it keeps: beyond the range a value becomes
 infinite, as on the device. bfloat16, which ONNX Runtime cannot compute on CPU at all, runs the same way.
 
-What a compiler fuses, it may keep wider than the graph says; no result is rounded less often here than there. Sums of
-products are taken in float32, as TensorRT does.
+What a compiler fuses, it may keep wider than the graph says. Inside one node all is float32 here, as are the sums of
+products in TensorRT; attention's probabilities, which its narrow kernel rounds, are not rounded.
 """
 
 from __future__ import annotations

@@ -76,8 +76,8 @@ def _states(model: ir.Model, graph: Path, layers: int, sequences: Sequence[Seque
         start = starts[index - 1] if index else None
         part = layer_part(model, [start] if start else [], [end])
         fill(part)
-        round_every_result(part)
         try:
+            round_every_result(part)
             session = open_part(graph, part)
             wanted = {value.name for value in session.get_inputs()}
             following = []

@@ -31,6 +31,7 @@ from export.quantize import DEFAULT_BUDGET, check_budget
 from runtime.bundle import (
     MANIFEST,
     SCHEMA_VERSION,
+    ZERO_POINTS,
     Bundle,
     EngineRecord,
     GraphRecord,
@@ -188,6 +189,7 @@ def _advance(progress: Progress, total: int) -> Callable[[int], None]:
 def onnxruntime_engine(content: str, graph: GraphRecord) -> EngineRecord:
     """Return the record of the engine that needs no build: ONNX Runtime on the graph itself, for INT8 on its twin."""
     model = graph.twin or graph.model
+    flags = [f"opset {graph.opset}", *([f"graph by {graph.origin.producer}"] if graph.origin else [])]
     return EngineRecord(
         name=f"onnxruntime:{graph.precision}",
         backend="onnxruntime",
@@ -196,7 +198,7 @@ def onnxruntime_engine(content: str, graph: GraphRecord) -> EngineRecord:
         sha256=model.sha256,
         fingerprint=engine_fingerprint(content, graph, "onnxruntime", model.sha256),
         builder={"f2rt": runtime.__version__},
-        flags=[f"opset {graph.opset}", *([f"graph by {graph.origin.producer}"] if graph.origin else [])],
+        flags=[*flags, *([ZERO_POINTS] if graph.twin else [])],
         calibration_sha256=graph.calibration_sha256,
         made_at=timestamp(),
     )

@@ -80,11 +80,10 @@ def probe(
         raise InputError("there are no calibration texts.", cure="Give at least one.")
     folder = (cache or cache_folder()) / "probe" / _key(graph_sha256, sequences)
     finished = folder / "statistics.npz"
-    rows = [folder / "rows" / f"layers.{layer}.{name}.npz" for layer in range(config.layers) for name in INPUTS]
-    known = _read(finished) if all(zipfile.is_zipfile(path) for path in rows) else None
+    known = _read(finished) if all(_has_rows(folder, layer) for layer in range(config.layers)) else None
     if known is None:
-        finished.unlink(missing_ok=True)
-        with explain_cache_errors():
+        with explain_cache_errors(), explain_write_errors(folder):
+            finished.unlink(missing_ok=True)
             try:
                 known = _Probe(graph, config, sequences, folder, progress).statistics()
             except _DamagedError:
@@ -93,6 +92,11 @@ def probe(
             write_atomic(finished, pack(known))
         shutil.rmtree(folder / "layers", ignore_errors=True)
     return replace(known, rows_folder=folder / "rows")
+
+
+def _has_rows(folder: Path, layer: int) -> bool:
+    """Return whether the rows of a layer are there to their end."""
+    return all(zipfile.is_zipfile(folder / "rows" / f"layers.{layer}.{name}.npz") for name in INPUTS)
 
 
 class _DamagedError(Exception):
@@ -143,7 +147,7 @@ class _Probe:
             last = index == self._config.layers - 1  # nothing goes on from it, so it keeps no streams
             if path.is_file() and (last or following.is_file() or self._streams_file(index).is_file()):
                 known = _read(path)
-                if known is None:
+                if known is None or (index >= 0 and not _has_rows(self._layers.parent, index)):
                     raise _DamagedError
                 parts.append(known)
                 streams = None
@@ -295,7 +299,7 @@ def open_part(graph: Path, part: ir.Graph) -> onnxruntime.InferenceSession:
     """Open a part of `graph`, whose weights lie beside it, in ONNX Runtime."""
     for value in part.outputs:
         value.type = ir.TensorType(ir.DataType.FLOAT)
-    options = session_options(uint8=any(v.dtype == ir.DataType.UINT8 for v in part.initializers.values()))
+    options = session_options(exact=any(v.dtype == ir.DataType.UINT8 for v in part.initializers.values()))
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(graph.parent))
     proto = ir.to_proto(ir.Model(part, ir_version=IR_VERSION)).SerializeToString()
     return onnxruntime.InferenceSession(proto, options, providers=["CPUExecutionProvider"])

@@ -26,7 +26,7 @@ from runtime.bundle import Exclusion, Quantization, QuantizedInput
 from runtime.errors import InputError
 
 DEFAULT_BUDGET = 0.9
-# Raise it when the same measurements give another plan than before.
+# Raise it when the same measurements give another plan than before, or the plan another form for ONNX Runtime.
 RULES = 2
 
 Progress = Callable[[str, int, int], None]

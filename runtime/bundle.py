@@ -35,6 +35,7 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 GOLDEN = "golden.npz"
 REPORT = "parity/report.json"
+ZERO_POINTS = "zero points of weights"  # a flag of ONNX Runtime engines, see `runtime.engines.onnxruntime`
 # While a new report is being recorded, the one that the manifest's verdicts still stand on.
 PREVIOUS_REPORT = "parity/report.previous.json"
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from runtime import golden
 from runtime.bundle import (
+    ZERO_POINTS,
     Bundle,
     EngineRecord,
     GraphRecord,
@@ -169,6 +170,7 @@ def open_raw_engine(bundle: Bundle, record: EngineRecord, settings: EngineSettin
             fingerprint=record.fingerprint,
             settings=settings,
             provider=PROVIDERS[record.backend],
+            exact=ZERO_POINTS in record.flags,
         )
     if record.backend in ("tensorrt", "tensorrt-rtx"):
         from runtime.engines import tensorrt

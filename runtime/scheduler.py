@@ -112,7 +112,9 @@ class FairQueue:
         self._numbers = itertools.count()
         self._busy_since_s: float | None = None
         self._lasting = False  # whether it has been busy for longer than a burst
+        self._relapse = False  # whether it was overloaded, and more still come than are served
         self._paused_s: float | None = None  # since when nothing has been waiting, in overload
+        self._latest_s = 0.0  # when a request came last
         self._pressure = Pressure()
         self._mean_tokens = 0.0  # of a request
 
@@ -152,8 +154,7 @@ class FairQueue:
         self._note_end()
 
     def _note_arrival(self, now_s: float) -> None:
-        if self._paused_s is not None and 1e3 * (now_s - self._paused_s) > self._settings.burst_ms:
-            self._forget_load()
+        self._notice_pause(now_s)
         since_s = self._busy_since_s
         lasting = since_s is not None and 1e3 * (now_s - since_s) > self._settings.burst_ms
         if lasting and not self._lasting:
@@ -184,7 +185,12 @@ class FairQueue:
     def most_wait_ms(self) -> float:
         """The wait that is let in a burst: in time, or for an engine that is slow, in requests."""
         given = self._settings.max_wait_ms
-        return given or max(_BURST_MS, _BURST_REQUESTS * self.cost.batch_ms(round(self._mean_tokens)))
+        return given or max(_BURST_MS, self._requests_ms)
+
+    @property
+    def _requests_ms(self) -> float:
+        """Return what a burst of requests takes: on a slow engine time is counted in these."""
+        return _BURST_REQUESTS * self.cost.batch_ms(round(self._mean_tokens))
 
     @property
     def budget(self) -> int:
@@ -212,6 +218,7 @@ class FairQueue:
             self._check_room(ticket, count, tokens, now_s)
         ticket.order = sorted(range(count), key=lambda i: -ticket.lengths[i])
         ticket.number, ticket.waiting_tokens, ticket.open = next(self._numbers), tokens, True
+        self._notice_pause(now_s)
         if self._busy_since_s is None:
             self._busy_since_s = now_s
         self._paused_s = None
@@ -221,6 +228,7 @@ class FairQueue:
         self._push(ticket, self._virtual)
 
     def _check_room(self, ticket: Ticket, count: int, tokens: int, now_s: float) -> None:
+        self._mean_tokens = self._mean_tokens or tokens
         self._mean_tokens += _LEARN * (tokens - self._mean_tokens)
         settings = self._settings
         self._check_requests()
@@ -246,6 +254,7 @@ class FairQueue:
         """Drop what of a request is in no batch yet. Unknown and finished ones are none."""
         if ticket.open:
             self._close(ticket)
+            self._rest(self._latest_s)
 
     def next_batch(self, now_s: float) -> Planned | None:
         """Take the next batch out of the queue; None when nothing waits. What expired is dropped first."""
@@ -261,8 +270,11 @@ class FairQueue:
             self._take(ticket, indices)
         if self._lasting:
             self._pressure.batch()
-        self._rest(now_s)
-        return Planned(chosen, max(ticket.lengths[index] for ticket, index in chosen))
+            self._relapse = self.is_overloaded or (self._relapse and self._pressure.ratio > 1)
+        planned = Planned(chosen, max(ticket.lengths[index] for ticket, index in chosen))
+        # While the batch runs nothing can be served: a pause begins after it.
+        self._rest(now_s + 1e-3 * self.cost.batch_ms(self._shape(len(planned.rows), planned.width)))
+        return planned
 
     def _candidates(self, now_s: float) -> list[tuple[Ticket, int]]:
         """Take tickets off the heap until enough items are known, the one whose turn it is first."""
@@ -355,20 +367,26 @@ class FairQueue:
         """Begin anew where nothing waits.
 
         In overload the queue is short and runs empty now and then: each time taken for the end of it would let in a
-        whole burst again. Only a pause as long as a burst ends it.
+        whole burst again. Only a pause as long as a burst ends it, or that no more come than are served.
         """
         if self._tickets:
             return
         self._heap.clear()
         self._virtual = 0.0
-        if not self.is_overloaded:
+        if not self._relapse:
             self._forget_load()
         elif self._paused_s is None:
             self._paused_s = now_s
 
+    def _notice_pause(self, now_s: float) -> None:
+        self._latest_s = now_s
+        pause_ms = max(self._settings.burst_ms, self._requests_ms)
+        if self._paused_s is not None and 1e3 * (now_s - self._paused_s) > pause_ms:
+            self._forget_load()
+
     def _forget_load(self) -> None:
         self._busy_since_s = self._paused_s = None
-        self._lasting = False
+        self._lasting = self._relapse = False
 
     def _refuse(self, reason: str) -> None:
         retry_s = max(self.wait_ms(self.tokens) / 2e3, 0.05)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from runtime.engines.cuda import Device
 from runtime.errors import EngineError
 
-L4 = Device("NVIDIA L4", (8, 9), 24 << 30, "13.0")
+L4 = Device("NVIDIA L4", (8, 9), 24 << 30, "13.0", "580.82.07")
 H100 = Device("NVIDIA H100 80GB HBM3", (9, 0), 80 << 30, "13.0")
 
 Model = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float32]]

@@ -73,7 +73,7 @@ def test_int8_speed_has_a_row_for_every_contestant(tmp_path: Path, monkeypatch: 
     shapes = said["shapes"]
     assert isinstance(shapes, list)
     for shape in shapes:
-        # How far the other forms fall depends on the CPU: without VNNI 8-bit sums saturate.
+        # How far the other tools' forms fall depends on the CPU: without VNNI their 8-bit sums saturate.
         assert all(-1 <= cosine <= 1 + 1e-9 for cosine in shape["min_cosine"].values())
         assert min(shape["min_cosine"][name] for name in (OURS, FP32)) > 0.9
         assert shape["min_cosine"][TORCH] == pytest.approx(1)

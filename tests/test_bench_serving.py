@@ -65,6 +65,7 @@ def test_the_open_loop_counts_from_when_a_request_was_due() -> None:
     late = [ms for ms in outcomes.ok_ms if ms > 50]
     assert 30 < len(late) < 80, "those of a quarter of a second at 200 a second"
     assert 120 < len(outcomes.ok_ms) < 280
+    assert outcomes.settled_ms == [], "the phase ends before the onset of overload would be over"
 
 
 def test_outcomes_are_told_apart() -> None:

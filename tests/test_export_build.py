@@ -138,10 +138,10 @@ def test_profile_beyond_the_graph_is_refused(narrow_copy: Bundle) -> None:
     for profile in (Profile(1, 1025), Profile(0, 5), Profile(3, 0)):
         with pytest.raises(InputError, match=f"the profile {profile} is outside of what the graph takes: 1 to 1024"):
             add_engine(narrow_copy.folder, RTX, "fp16", (Profile(1, 8), profile), target="sm89")
-    for profile, most in ((Profile(3_000_000_000, 1), 8_388_607), (Profile(20_000, 1024), 8191)):
+    for profile in (Profile(3_000_000_000, 1), Profile(20_000, 1024)):
         with pytest.raises(InputError, match=f"the profile {profile} makes tensors of") as caught:
             add_engine(narrow_copy.folder, RTX, "fp16", (profile,), target="sm89")
-        assert caught.value.cure == f"Give at most {most} rows of {profile.tokens} tokens."
+        assert caught.value.cure == "Give it fewer rows or tokens."
     assert not (narrow_copy.folder / "engines").exists()
 
 

@@ -169,7 +169,7 @@ def test_target_of_this_machine_is_its_gpu(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(builder, "CudaRuntime", FakeCuda)
     target = resolve_target(RTX, None)
     assert (target.name, target.device) == ("sm89-nvidia-l4", L4)
-    assert target.facts == {"gpu": "NVIDIA L4", "cuda driver": "13.0"}
+    assert target.facts == {"gpu": "NVIDIA L4", "cuda driver": "13.0", "driver": "580.82.07"}
     monkeypatch.setattr(builder, "CudaRuntime", lambda: FakeCuda(H100))
     with pytest.raises(InputError, match=r"does not build for the GPU here \(NVIDIA H100 80GB HBM3, sm90\)"):
         resolve_target(RTX, None)

@@ -235,28 +235,87 @@ def test_overload_keeps_the_queue_short_and_a_burst_does_not() -> None:
     assert waiting.wait_ms(10) <= waiting.standing_wait_ms + 2 * cost.batch_ms(10)
 
 
-def test_a_queue_that_runs_empty_in_overload_lets_in_no_second_burst() -> None:
-    """Each request takes 16 ms; twice as many come, by chance, and so few may wait that at times none does."""
-    line = FairQueue(Limits(), SchedulingSettings(max_wait_ms=1000, burst_ms=200, standing_batches=1), known(0.5, 0.01))
+@pytest.mark.parametrize("times", [1, 30])
+def test_a_queue_that_runs_empty_in_overload_lets_in_no_second_burst(times: int) -> None:
+    """Each request takes 16 ms, or 480; twice as many come, by chance, and so few may wait that at times none does."""
+    settings = SchedulingSettings(max_wait_ms=1000 * times, burst_ms=200, standing_batches=1)
+    line = FairQueue(Limits(), settings, known(0.5 * times, 0.01 * times))
     chance = random.Random(0)
     due_s = free_s = 0.0
     waits, empty = [], 0
-    while due_s < 30:
+    while due_s < 30 * times:
         if len(line) and free_s <= due_s:
             planned = line.next_batch(free_s)
             assert planned is not None
             free_s += 1e-3 * line.cost.batch_ms(planned.padded_tokens)
-            empty += free_s > 3 and not len(line)
+            empty += free_s > 3 * times and not len(line)
             continue
         free_s = max(free_s, due_s)
         with contextlib.suppress(OverloadedError):
             line.check_door(due_s)
-            if due_s > 3:  # the first burst is worked off
+            if due_s > 3 * times:  # the first burst is worked off
                 waits.append(line.wait_ms(1600))
             line.admit(Ticket([chance.randint(50, 150) for _ in range(16)]), due_s)
-        due_s += chance.expovariate(2 / 0.016)
-    assert empty > 100
-    assert max(waits) < 100
+        due_s += chance.expovariate(2 / (0.016 * times))
+    assert empty > 20
+    assert max(waits) < 100 * times
+
+
+def overloaded() -> tuple[FairQueue, float]:
+    """Return a queue in overload, and the time: each request takes 10 ms, three times as many come."""
+    line = FairQueue(Limits(max_batch_rows=1), SchedulingSettings(max_wait_ms=1e9, standing_batches=1), known(0.0, 1.0))
+    now_s = 0.0
+    for turn in range(1000):
+        now_s = turn / 300
+        with contextlib.suppress(OverloadedError):
+            line.check_door(now_s)
+            line.admit(Ticket([10]), now_s)
+        if turn % 3 == 0:
+            line.next_batch(now_s)
+    assert line.is_overloaded
+    return line, now_s
+
+
+@pytest.mark.parametrize("golden", [False, True])
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_after_a_pause_a_burst_is_let_in_again(golden: bool, cancelled: bool) -> None:
+    """However the queue came to be empty, and though a golden check passes in between without asking at the door."""
+    line, now_s = overloaded()
+    if cancelled:
+        for _, _, ticket in list(line._heap):
+            line.cancel(ticket)
+    drain(line, now_s)
+    if golden:
+        line.admit(Ticket([10]), now_s + 3600, bounded=False)
+        drain(line, now_s + 3600)
+    for _ in range(100):
+        line.check_door(now_s + 3600.1)
+        line.admit(Ticket([10]), now_s + 3600.1)
+    line.check_door(now_s + 3600.2)
+
+
+def test_a_cancelled_request_leaves_no_load_behind() -> None:
+    line = FairQueue(Limits(max_batch_rows=1), SchedulingSettings(standing_batches=1), known(0.0, 1.0))
+    alone = Ticket([10])
+    line.check_door(0.0)
+    line.admit(alone, 0.0)
+    line.cancel(alone)
+    for _ in range(90):
+        line.check_door(3600.0)
+        line.admit(Ticket([10]), 3600.0)
+    for turn in range(50):
+        now_s = 3600 + 0.01 * turn
+        line.next_batch(now_s)
+        line.check_door(now_s)
+        line.admit(Ticket([10]), now_s)
+
+
+def test_a_fresh_queue_knows_what_eight_requests_are() -> None:
+    line = FairQueue(Limits(), SchedulingSettings(), known(0.0, 1.0))
+    for _ in range(9):
+        line.admit(Ticket([2000]), 0.0)
+    with pytest.raises(OverloadedError, match="the limit is 16000 ms"):
+        line.admit(Ticket([2000]), 0.0)
 
 
 @pytest.mark.parametrize(("token_ms", "limit_ms"), [(0.1, 1000), (20, 1600)])

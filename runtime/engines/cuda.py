@@ -41,6 +41,11 @@ class Device:
         """The target of an engine made for this GPU and no other, for example sm89-nvidia-l4."""
         return f"{self.sm}-{re.sub(r'[^a-z0-9]+', '-', self.name.lower()).strip('-')}"
 
+    @property
+    def software(self) -> str:
+        """What kernels that were timed or compiled here belong to: the driver, as well as it is known."""
+        return self.driver or self.cuda
+
     def __str__(self) -> str:
         return f"{self.name}, {self.sm}"
 
@@ -142,7 +147,7 @@ class CudaRuntime:
             capability=(int(properties.major), int(properties.minor)),
             memory_bytes=int(properties.totalGlobalMem),
             cuda=self._version(cuda.cudaDriverGetVersion()),
-            driver=_driver_version() or self._version(cuda.cudaDriverGetVersion()),
+            driver=driver_version(),
         )
 
     def allocate(self, size_bytes: int) -> int:
@@ -236,10 +241,10 @@ class CudaRuntime:
         return f"{number // 1000}.{number % 1000 // 10}"
 
 
-def _driver_version() -> str:
+def driver_version(source: Path = Path("/proc/driver/nvidia/version")) -> str:
     """Return the NVIDIA driver's version as its kernel module says it, or "" where it does not (outside Linux)."""
     try:
-        found = re.search(r"\b\d+\.\d+(\.\d+)?\b", Path("/proc/driver/nvidia/version").read_text())
+        found = re.search(r"\b\d+\.\d+(\.\d+)?\b", source.read_text())
     except OSError:
         return ""
     return found[0] if found else ""

@@ -41,9 +41,17 @@ class OnnxRuntimeEngine:
     """One session on one graph."""
 
     def __init__(
-        self, path: Path, *, name: str, precision: str, fingerprint: str, settings: EngineSettings, provider: str = CPU
+        self,
+        path: Path,
+        *,
+        name: str,
+        precision: str,
+        fingerprint: str,
+        settings: EngineSettings,
+        provider: str = CPU,
+        exact: bool = False,
     ) -> None:
-        """Load the graph.
+        """Load the graph; `exact` is for one with 8-bit weights that have zero points, see `session_options`.
 
         Raises EngineError with the library's words when it cannot be loaded; MissingExtraError and NotExecutableError
         when CUDA was asked for and is not to be had.
@@ -53,7 +61,7 @@ class OnnxRuntimeEngine:
         self.fingerprint = fingerprint
         self.max_tokens: int | None = None
         self.buckets: Sequence[Bucket] = ()
-        options = session_options(settings.threads, uint8=True)
+        options = session_options(settings.threads, exact=exact)
         options.inter_op_num_threads = 1
         # Of products with 8-bit weights alone: the largest blocks the kernel takes, a quarter faster than its default.
         options.add_session_config_entry("session.qdq_matmulnbits_block_size", "-1")
@@ -101,16 +109,17 @@ class OnnxRuntimeEngine:
         del self._session
 
 
-def session_options(threads: int = 0, *, uint8: bool = False) -> onnxruntime.SessionOptions:
-    """Return what every session has here: `threads`, 0 for one per usable core. `uint8` is for graphs with such inputs.
+def session_options(threads: int = 0, *, exact: bool = False) -> onnxruntime.SessionOptions:
+    """Return what every session has here: `threads`, 0 for one per usable core.
 
-    Without VNNI the kernels for uint8 x int8 add pairs of products in 16 bits, which saturate. On such a CPU the
-    library then takes the weights as uint8, too, whose kernels add in 32 bits and are as fast.
+    Without VNNI the kernels for uint8 x int8 add pairs of products in 16 bits, which saturate. On such a CPU `exact`
+    has the library take the weights as uint8, too, whose kernels add in 32 bits and are as fast. It rewrites the zero
+    points for this, and fails at the first run of a graph where an int8 matrix has none of its own.
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or usable_cores()
     options.log_severity_level = 3
-    if uint8:
+    if exact:
         options.add_session_config_entry("session.x64quantprecision", "1")
     return options
 

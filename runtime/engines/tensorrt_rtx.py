@@ -118,6 +118,6 @@ def cache_path(record: EngineRecord, device: Device) -> Path:
 
     The plan's hash stands for graph, weights, profiles, flags, calibration and the library's version.
     """
-    parts = [record.sha256, record.builder.get(record.backend, ""), device.target, device.cuda]
+    parts = [record.sha256, record.builder.get(record.backend, ""), device.target, device.software]
     name = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
     return cache_folder() / "runtime" / f"{name}.cache"
