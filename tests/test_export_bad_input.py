@@ -328,3 +328,15 @@ def test_memory_error_anywhere_in_a_command_is_readable(tiny: Tiny, monkeypatch:
     assert status == 2
     assert "error: not enough memory to go on" in output
     tiny.assert_intact()
+
+
+def test_few_calibration_texts_and_unused_ones_are_noticed(tiny: Tiny) -> None:
+    tiny.texts.write_bytes(write_lines(TEXTS))
+    status, output = tiny.export("fp32,fp16")
+    assert (status, "INT8 ranges" in output) == (0, False)
+    status, output = tiny.export("int8")
+    assert status == 0
+    assert f"notice: INT8 ranges from {len(tiny.texts.read_bytes().splitlines())} texts leave out" in output
+    status, output = tiny.export("fp32")
+    assert status == 0
+    assert "is not used: fp32 needs no calibration" in output

@@ -322,3 +322,4 @@ def test_commands_that_cannot_work(mini: Path, stock: Stock, tmp_path: Path) -> 
     texts = tmp_path / "texts.txt"
     texts.write_text("one\ntwo\n", encoding="utf-8")
     assert "--calibration" in refusal(str(mini), "--from-onnx", given, "--calibration", str(texts))
+    assert "--int8-budget" in refusal(str(mini), "--from-onnx", given, "--int8-budget", "0.9")
