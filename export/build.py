@@ -109,10 +109,17 @@ def _add_engine(
 
 
 def check_request(
-    folder: Path, backend: str, precisions: Sequence[str], profiles: Sequence[Profile], targets: Sequence[str | None]
+    folder: Path,
+    backend: str,
+    precisions: Sequence[str],
+    profiles: Sequence[Profile],
+    targets: Sequence[str | None],
+    wait: Wait = Wait(),
 ) -> None:
     """Refuse what cannot be built before anything is. Raises as `add_engine`."""
-    bundle = open_bundle(folder)
+    open_bundle(folder)
+    with bundle_lock(folder, "f2rt build", wait):  # an export under way may bring what is asked for
+        bundle = open_bundle(folder)
     for precision in precisions:
         if backend == ONNXRUNTIME_CUDA:
             bundle.graph(precision)

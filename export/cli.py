@@ -135,7 +135,8 @@ def build_command(
         screen = console.out()
         precisions = parse_precisions(precision)
         targets = [part.strip().lower() for part in target.split(",")] if target else [None]
-        check_request(bundle, backend, precisions, profiles, targets)
+        with console.bars() as bars:
+            check_request(bundle, backend, precisions, profiles, targets, Wait(wait, bars.say))
         for wanted in precisions:
             for gpu in targets:
                 with console.bars() as bars:

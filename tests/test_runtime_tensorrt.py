@@ -324,7 +324,7 @@ def test_kernels_are_kept_for_the_next_process(tmp_path: Path, graph: Model) -> 
     before = files[0].stat().st_mtime_ns
     second.close()
     assert files[0].stat().st_mtime_ns == before  # nothing new, nothing written
-    other = Rig(tmp_path, graph, "tensorrt-rtx", device=replace(L4, cuda="13.1"))
+    other = Rig(tmp_path, graph, "tensorrt-rtx", device=replace(L4, driver="580.95.05"))
     engine = other.open()
     engine.run(random_batch([50]))
     engine.close()
