@@ -12,6 +12,7 @@ from pathlib import Path
 
 import runtime
 from export.builder import (
+    ONNXRUNTIME_CUDA,
     PRECISIONS,
     Target,
     build_engine,
@@ -35,7 +36,6 @@ from runtime.bundle import (
 )
 from runtime.errors import BundleError, EngineError, InputError, explain_memory_errors
 
-ONNXRUNTIME_CUDA = "onnxruntime-cuda"
 _MOST_VALUES = 2**31 - 1  # of one tensor
 
 _OWN_GRAPH = "f2rt's own is made for its builders: export again without --from-onnx, with --precision fp16."
@@ -82,9 +82,7 @@ def _add_engine(
     target: str | None,
     progress: Progress,
 ) -> Outcome:
-    _refuse_foreign(bundle, backend, precision)
-    check_backend(backend, precision)
-    graph = bundle.graph(precision)
+    graph = _graph_for(bundle, backend, precision)
     _check_profiles(bundle, profiles)
     version = library_version(backend)
     place = resolve_target(backend, target)
@@ -121,16 +119,19 @@ def check_request(
     with bundle_lock(folder, "f2rt build", wait):  # an export under way may bring what is asked for
         bundle = open_bundle(folder)
     for precision in precisions:
-        if backend == ONNXRUNTIME_CUDA:
-            bundle.graph(precision)
-            continue
-        _refuse_foreign(bundle, backend, precision)
-        check_backend(backend, precision)
-        bundle.graph(precision)
+        _graph_for(bundle, backend, precision)
     if backend != ONNXRUNTIME_CUDA:
         _check_profiles(bundle, profiles)
         for target in targets:
             resolve_target(backend, target)
+
+
+def _graph_for(bundle: Bundle, backend: str, precision: str) -> GraphRecord:
+    """Return the graph that an engine is made of. Raises InputError or NotFoundError when there is none."""
+    if backend != ONNXRUNTIME_CUDA:
+        _refuse_foreign(bundle, backend, precision)
+        check_backend(backend, precision)
+    return bundle.graph(precision)
 
 
 def _refuse_foreign(bundle: Bundle, backend: str, precision: str) -> None:
@@ -187,7 +188,7 @@ def _add_onnxruntime_cuda(bundle: Bundle, precision: str, target: str | None) ->
             f"{ONNXRUNTIME_CUDA} compiles nothing and takes no target; {target!r} was given.",
             cure="Leave --target out.",
         )
-    graph = bundle.graph(precision)
+    graph = _graph_for(bundle, ONNXRUNTIME_CUDA, precision)
     record = EngineRecord(
         name=f"{ONNXRUNTIME_CUDA}:{precision}",
         backend=ONNXRUNTIME_CUDA,

@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # without the library installed these are Any; the tests chec
     import tensorrt_rtx
 
 PRECISIONS = ("fp16", "bf16", "int8")
+ONNXRUNTIME_CUDA = "onnxruntime-cuda"  # compiles nothing: see `export.build`
 _MOST_NODES = 20  # named in one message
 # The parser's own text for an operator it lacks is the condition that failed: "false".
 _WORDS = {
@@ -143,7 +144,7 @@ def check_backend(backend: str, precision: str) -> None:
     """Raise InputError unless `backend` compiles graphs of `precision`."""
     if backend not in FLAVOURS:
         raise InputError(
-            f"there is no builder {backend!r}.", cure=f"Choose one of: {', '.join((*FLAVOURS, 'onnxruntime-cuda'))}."
+            f"there is no builder {backend!r}.", cure=f"Choose one of: {', '.join((*FLAVOURS, ONNXRUNTIME_CUDA))}."
         )
     if precision not in PRECISIONS:
         raise InputError(
