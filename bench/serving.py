@@ -3,15 +3,19 @@
 All servers get the same texts on the same machine, one after the other, in one run. Capacity is what a server answers
 in a closed loop; overload is a multiple of its own capacity. The generator is this process: it takes its share of the
 same cores, from all of them alike.
+
+A machine's speed changes within minutes, by more than what is looked for. So the raw engine and the closed loop have a
+turn before and after every phase of the open loop: a server is compared with what the raw engine did a moment before,
+and a phase with the mean of the capacities on either side of it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import re
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +24,8 @@ import httpx
 
 from bench.inputs import private_cache, short_texts
 from bench.load import SETTLED_S, Outcomes, closed_loop, open_loop
-from bench.report import Result
+from bench.raw_engine import RawEngine
+from bench.report import Result, median
 from bench.servers import GRPC, HTTP, PEERS, Contender, Running, running
 from calibration.texts import verification_texts
 from export.checkpoint import Checkpoint
@@ -41,13 +46,32 @@ LOADS = (0.8, 2.0, 10.0)
 
 @dataclass
 class Measured:
-    """One server's phases: alone (one caller), saturated, open loop at multiples of capacity; or why there are none."""
+    """One server's phases: alone (one caller), and open loop at multiples of capacity; or why there are none.
+
+    `raw` and `saturated` are the turns, in texts per second: one before each phase of the open loop, and one at last.
+    """
 
     name: str
-    texts_per_request: int
     phases: dict[str, Outcomes] = field(default_factory=dict)
+    raw: list[float] = field(default_factory=list)
+    saturated: list[Outcomes] = field(default_factory=list)
     waste: float | None = None
     problem: str = ""
+
+    @property
+    def of_raw(self) -> list[float]:
+        """Texts per second at saturation to those of the raw engine, turn by turn."""
+        return [closed.texts_per_s / raw for closed, raw in zip(self.saturated, self.raw, strict=True)]
+
+    @property
+    def capacity(self) -> float:
+        """Texts per second at saturation, all turns together."""
+        return sum(turn.texts for turn in self.saturated) / sum(turn.seconds for turn in self.saturated)
+
+    def goodput(self, load: float) -> float:
+        """Texts per second of an open loop to the mean of the capacity before and after it."""
+        at = LOADS.index(load)
+        return self.phases[f"{load:g}x"].texts_per_s / _mean([turn.texts_per_s for turn in self.saturated[at : at + 2]])
 
 
 def measure(
@@ -56,14 +80,13 @@ def measure(
     """Measure all servers; each phase takes `seconds`. Peers that are not there are named with the reason."""
     checkpoint, bundle = _prepare(size, checkpoint, bundle, engine, work)
     embedder = open_embedder(open_bundle(bundle), engine)
-    texts = mixed_texts(embedder)
+    raw = RawEngine(embedder, mixed_texts(embedder), seconds)
+    texts = raw.texts
     requests = [texts[i : i + per_request] for i in range(0, len(texts) - per_request + 1, per_request)]
-    raw = raw_texts_per_s(embedder, texts, seconds)
-    _say(f"raw engine: {raw:.1f} texts/s")
-    embedder.close()
+    _say(f"{len(texts)} texts; the raw engine's best batch has {raw.budget} tokens")
     measured = []
     for contender in (GRPC, HTTP, *PEERS):
-        result = Measured(contender.name, per_request)
+        result = Measured(contender.name)
         measured.append(result)
         reason = contender.not_there()
         if reason is not None:
@@ -71,10 +94,11 @@ def measure(
             continue
         try:
             with running(contender, checkpoint, bundle, engine, work / f"{contender.name.split()[0]}.log") as server:
-                asyncio.run(_phases(contender, server, requests, seconds, result))
+                asyncio.run(_phases(contender, server, raw, requests, seconds, result))
         except RuntimeError as error:
             result.problem = str(error)
         _say(f"{contender.name}: {result.problem or _summary(result)}")
+    embedder.close()
     return _result(size, engine, seconds, per_request, raw, measured)
 
 
@@ -90,52 +114,38 @@ def mixed_texts(embedder: Embedder) -> list[str]:
     return fitting[:_TEXTS]
 
 
-def raw_texts_per_s(embedder: Embedder, texts: Sequence[str], seconds: float) -> float:
-    """Return the best throughput of the engine alone over ways to cut texts, sorted by length, into batches.
-
-    As many of the texts as it takes for one pass to fit into `seconds`; always whole passes.
-    """
-    start = time.perf_counter()
-    embedder.embed(texts[:8])
-    fitting = int(8 * seconds / 5 / (time.perf_counter() - start))
-    items = embedder.tokenize(texts[: max(fitting, 8)], Instruction(prompt=""), Truncate.END)
-    items.sort(key=lambda item: len(item.ids))
-    best = 0.0
-    for budget in (256, 512, 1024, 2048, 4096):
-        start, done = time.perf_counter(), 0
-        while time.perf_counter() - start < seconds / 5 or not done:
-            batch: list[int] = []
-            for row, item in enumerate(items):
-                if batch and (len(batch) + 1) * len(item.ids) > budget:
-                    embedder.infer_rows(items, batch)
-                    done += len(batch)
-                    batch = []
-                batch.append(row)
-            embedder.infer_rows(items, batch)
-            done += len(batch)
-        best = max(best, done / (time.perf_counter() - start))
-    return best
-
-
 async def _phases(
-    contender: Contender, server: Running, requests: Sequence[Sequence[str]], seconds: float, result: Measured
+    contender: Contender,
+    server: Running,
+    raw: RawEngine,
+    requests: Sequence[Sequence[str]],
+    seconds: float,
+    result: Measured,
 ) -> None:
-    ask = server.connect()
-    await closed_loop(ask, requests, 4, min(seconds / 4, 5))  # warm
-    result.phases["alone"] = await closed_loop(ask, requests, 1, seconds)
-    before = _tokens(server)
+    ask, per_request = server.connect(), len(requests[0])
     # As many callers as keep the engine busy: some answers are on their way while others are computed.
-    result.phases["saturated"] = await closed_loop(ask, requests, max(8, 64 // result.texts_per_request), seconds)
+    callers = max(8, 64 // per_request)
+
+    async def turn() -> float:
+        result.raw.append(raw.texts_per_s(seconds / 3))
+        result.saturated.append(await closed_loop(ask, requests, callers, seconds / 3))
+        rate = result.saturated[-1].texts_per_s
+        if not rate:
+            raise RuntimeError("it answered nothing at saturation")
+        return rate / per_request
+
+    await closed_loop(ask, requests, 4, min(seconds / 4, 5))  # warm
+    result.phases["alone"] = await closed_loop(ask, requests, 1, seconds / 2)
+    before = _tokens(server)
+    # Ten times its capacity a server that refuses nothing works off for minutes, and nothing is learned.
+    for load in LOADS if not contender.environment else LOADS[:2]:
+        capacity = await turn()
+        result.phases[f"{load:g}x"] = await open_loop(ask, requests, load * capacity, seconds)
+        await closed_loop(ask, requests, 1, 1.0)  # what still waits is worked off
+    await turn()
     after = _tokens(server)
     if before and after:
         result.waste = 1 - (after[0] - before[0]) / (after[1] - before[1])
-    capacity = result.phases["saturated"].texts_per_s / result.texts_per_request
-    if not capacity:
-        raise RuntimeError("it answered nothing at saturation")
-    # Ten times its capacity a server that refuses nothing works off for minutes, and nothing is learned.
-    for load in LOADS if not contender.environment else LOADS[:2]:
-        result.phases[f"{load:g}x"] = await open_loop(ask, requests, load * capacity, seconds)
-        await closed_loop(ask, requests, 1, 1.0)  # what still waits is worked off
     await ask.close()
 
 
@@ -172,45 +182,32 @@ def _say(message: str) -> None:
 
 
 def _summary(result: Measured) -> str:
-    return ", ".join(f"{name} {phase.texts_per_s:.1f} texts/s" for name, phase in result.phases.items())
+    phases = ", ".join(f"{name} {phase.texts_per_s:.1f} texts/s" for name, phase in result.phases.items())
+    return f"{phases}; at saturation {result.capacity:.1f}, {_percent(median(result.of_raw))} of the raw engine"
 
 
 def _result(
-    size: str, engine: str, seconds: float, per_request: int, raw: float, measured: Sequence[Measured]
+    size: str, engine: str, seconds: float, per_request: int, raw: RawEngine, measured: Sequence[Measured]
 ) -> Result:
-    ours = measured[0].phases.get("saturated")
     rows: list[list[str]] = []
     data: list[dict[str, object]] = []
     notes: list[str] = []
-    overloads = [f"{load:g}x" for load in LOADS[1:]]
     for one in measured:
         if one.problem:
             notes.append(f"{one.name}: not measured, {one.problem}")
             data.append({"server": one.name, "problem": one.problem})
             continue
-        capacity, at_80 = one.phases["saturated"].texts_per_s, one.phases["0.8x"].as_data().get("ok_p99_ms")
-        entry: dict[str, object] = {"server": one.name, "of_raw": capacity / raw, "padding_waste": one.waste}
-        for name, phase in one.phases.items():
-            numbers = phase.as_data()
-            entry[name] = numbers
-            p99 = numbers.get("ok_p99_ms")
-            rows.append(
-                [
-                    *(one.name, name, f"{phase.texts_per_s:.1f}", f"{phase.texts_per_s / capacity:.2f}"),
-                    *(_ms(numbers.get("ok_p50_ms")), _ms(p99)),
-                    *(
-                        f"{found / at_80:.2f}" if found and at_80 and name in overloads else ""
-                        for found in (p99, numbers.get("settled_p99_ms"))
-                    ),
-                    *(str(len(phase.refused_ms)), _ms(numbers.get("refused_p99_ms")), str(phase.failed)),
-                ]
-            )
-        data.append(entry)
+        rows += _rows(one)
+        data.append(_data(one))
         more = f", {100 * one.waste:.1f} % of its tokens were padding" if one.waste is not None else ""
-        faster = f"; f2rt gRPC answers {ours.texts_per_s / capacity:.2f} times as many" if ours else ""
+        if not measured[0].problem and one is not measured[0]:
+            # Each to the raw engine of its own turns: what the machine did meanwhile is in neither.
+            more += f"; f2rt gRPC does {median(measured[0].of_raw) / median(one.of_raw):.2f} times as much"
         notes.append(
-            f"{one.name}: {100 * capacity / raw:.0f} % of the raw engine's texts/s at saturation{more}{faster}"
+            f"{one.name}: {_percent(median(one.of_raw))} of the raw engine's texts/s at saturation "
+            f"({', '.join(map(_percent, one.of_raw))}){more}"
         )
+    everything = [rate for one in measured for rate in one.raw]
     return Result(
         name=f"serving-{size}",
         title=f"Serving under load, {size} checkpoint on CPU, {engine}",
@@ -221,21 +218,70 @@ def _result(
         ],
         rows=rows,
         notes=[
-            f"requests of {per_request} real texts of {TOKENS[0]} to {TOKENS[1]} tokens, the same for all; alone: one "
-            "caller; saturated: a closed loop; 0.8x and so on: an open loop at this multiple of the server's capacity, "
-            "times counted from when a request was due; after the onset: the same ratio for requests due "
+            f"requests of {per_request} real texts of {TOKENS[0]} to {TOKENS[1]} tokens, the same {len(raw.texts)} for "
+            "all; alone: one caller; saturated: a closed loop, in turns; 0.8x and so on: an open loop at this multiple "
+            "of the turn before it, set against the mean of the turns on either side, times counted from when a "
+            "request was due; after the onset: the same ratio for requests due "
             f"{SETTLED_S:g} s or more into the phase",
-            f"the raw engine, in process, sorted by length, best of five batch sizes: {raw:.1f} texts/s",
+            "the raw engine, in process, sorted by length, best of five batch sizes, a turn before each saturated "
+            f"one: {min(everything, default=0):.1f} to {max(everything, default=0):.1f} texts/s, as the machine was",
             *notes,
         ],
         data={
             "size": size,
             "engine": engine,
             "texts_per_request": per_request,
-            "raw_texts_per_s": raw,
+            "texts": len(raw.texts),
+            "raw_batch_tokens": raw.budget,
             "servers": data,
         },
     )
+
+
+def _rows(one: Measured) -> list[list[str]]:
+    at_80 = one.phases["0.8x"].as_data().get("ok_p99_ms")
+    shares = {f"{load:g}x": one.goodput(load) for load in LOADS if f"{load:g}x" in one.phases}
+    phases = [("alone", one.phases["alone"])]
+    for number, (turn, load) in enumerate(itertools.zip_longest(one.saturated, shares), 1):
+        phases.append((f"saturated {number}", turn))
+        if load:
+            phases.append((load, one.phases[load]))
+    rows = []
+    for name, phase in phases:
+        numbers, share = phase.as_data(), shares.get(name, phase.texts_per_s / one.capacity)
+        p99 = numbers.get("ok_p99_ms")
+        ratios = [
+            f"{found / at_80:.2f}" if found and at_80 and name in shares and name != "0.8x" else ""
+            for found in (p99, numbers.get("settled_p99_ms"))
+        ]
+        rows.append(
+            [
+                *(one.name, name, f"{phase.texts_per_s:.1f}", f"{share:.2f}", _ms(numbers.get("ok_p50_ms")), _ms(p99)),
+                *(*ratios, str(len(phase.refused_ms)), _ms(numbers.get("refused_p99_ms")), str(phase.failed)),
+            ]
+        )
+    return rows
+
+
+def _data(one: Measured) -> dict[str, object]:
+    return {
+        "server": one.name,
+        "of_raw": median(one.of_raw),
+        "of_raw_by_turn": one.of_raw,
+        "raw_texts_per_s": one.raw,
+        "saturated": [turn.as_data() for turn in one.saturated],
+        "padding_waste": one.waste,
+        "goodput": {f"{load:g}x": one.goodput(load) for load in LOADS if f"{load:g}x" in one.phases},
+        **{name: phase.as_data() for name, phase in one.phases.items()},
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
 
 
 def _ms(value: float | None) -> str:

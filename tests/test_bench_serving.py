@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from bench.load import FAILED, OK, REFUSED, Answer, closed_loop, open_loop
-from bench.serving import measure, mixed_texts, raw_texts_per_s
+from bench.load import FAILED, OK, REFUSED, Answer, Outcomes, closed_loop, open_loop
+from bench.raw_engine import RawEngine
+from bench.serving import Measured, measure, mixed_texts
 from bench.soak import measure as soak
 from runtime.bundle import Bundle
 from runtime.embedder import open_embedder
-from runtime.tokenizer import Instruction, Truncate
+from runtime.tokenizer import Instruction, TokenizedText, Truncate
 
 REQUESTS = [["a"], ["b", "c"]]
 
@@ -93,9 +94,43 @@ def test_a_short_run_of_our_own_server(
     for server in servers:
         assert server["server"] in ("f2rt gRPC", "f2rt HTTP")
         assert set(server) >= {"alone", "saturated", "0.8x", "2x", "10x", "padding_waste", "of_raw"}
-        assert server["alone"]["failed"] == server["saturated"]["failed"] == 0
+        assert [phase["failed"] for phase in (server["alone"], *server["saturated"])] == [0] * 5
+        assert set(server["goodput"]) == {"0.8x", "2x", "10x"}
+        assert len(server["raw_texts_per_s"]) == 4
         assert 0 <= server["padding_waste"] < 0.5
-    assert len(result.rows) == 10
+    assert [row[1] for row in result.rows[:8]] == [
+        *("alone", "saturated 1", "0.8x", "saturated 2", "2x", "saturated 3", "10x", "saturated 4")
+    ]
+    assert len(result.rows) == 16
+
+
+def test_a_phase_is_set_against_the_turns_on_either_side() -> None:
+    """A machine that halves its speed within the run changes no ratio by it."""
+    one = Measured("known", raw=[100.0, 50.0, 50.0, 100.0])
+    one.saturated = [Outcomes(1.0, texts=90), Outcomes(1.0, texts=45), Outcomes(1.0, texts=45), Outcomes(1.0, texts=80)]
+    one.phases = {"2x": Outcomes(2.0, texts=90), "10x": Outcomes(1.0, texts=50)}
+    assert one.of_raw == [0.9, 0.9, 0.9, 0.8]
+    assert one.capacity == 65
+    assert one.goodput(2.0) == 1.0
+    assert one.goodput(10.0) == 0.8
+
+
+def test_the_raw_engine_does_whole_passes(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    embedder = open_embedder(bundle)
+    texts = mixed_texts(embedder)
+    raw = RawEngine(embedder, texts, 0.1)
+    assert raw.texts == texts[: len(raw.texts)]
+    rows: list[int] = []
+    infer_rows = embedder.infer_rows
+
+    def seen(items: Sequence[TokenizedText], chosen: Sequence[int]) -> object:
+        rows.extend(chosen)
+        return infer_rows(items, chosen)
+
+    monkeypatch.setattr(embedder, "infer_rows", seen)
+    assert raw.texts_per_s(0.1) > 0
+    assert sorted(rows) == sorted(list(range(len(raw.texts))) * (len(rows) // len(raw.texts)))
+    embedder.close()
 
 
 def test_texts_are_of_the_lengths_they_are_said_to_be(bundle: Bundle) -> None:
@@ -105,7 +140,6 @@ def test_texts_are_of_the_lengths_they_are_said_to_be(bundle: Bundle) -> None:
     assert min(lengths) >= 8
     assert max(lengths) <= 512
     assert max(lengths) > 300
-    assert raw_texts_per_s(embedder, texts[:20], 0.5) > 0
     embedder.close()
 
 
