@@ -20,6 +20,7 @@ from runtime.errors import F2rtError
 from runtime.gate import open_gate
 from runtime.serving.access import Keys
 from runtime.serving.logs import configure
+from runtime.serving.memory import keep_little
 from runtime.serving.metrics import EngineMetrics, Metrics
 from runtime.serving.model import Model, Proven, load, warn_if_unverified
 from runtime.serving.models import Models
@@ -183,6 +184,7 @@ def serve(
     """
     configure(log_style)
     sys.setswitchinterval(_SWITCH_S)
+    keep_little()
     _allow_connections(settings.max_connections * (2 if settings.http_address else 1))  # each port counts its own
     proven = prove(models, engine, settings)
     closed = bool(settings.keys_file) or (settings.tls is not None and bool(settings.tls.client_ca))
