@@ -1,6 +1,5 @@
-"""What a batch costs in time, learned while serving: a + b x tokens, in milliseconds; and how much is asked for.
-
-No clock here.
+"""What a batch costs in time, learned while serving: a + b x tokens, in milliseconds; what a text will have in tokens;
+and how much is asked for. No clock here.
 
 `a` is what every batch costs (reading the weights, starting kernels), `b` what one padded token adds. Their ratio says
 how much padding is worth one batch less, and how large a batch has to be.
@@ -10,13 +9,16 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
+from collections.abc import Sequence
 
 _FORGET = 0.98  # weight of what was known before, per observation: about fifty batches are remembered
+_DENSITY = 0.05  # how fast tokens per byte follow the latest text
 # What the pressure is taken over: so many arrivals and answers, and batches; and what there must be of both to tell.
 _EVENTS, _BATCHES = 128, 16
 _LEAST_EVENTS, _LEAST_BATCHES = 64, 4
 _MOST_BATCHES = 1024
 _LEAST_SPREAD = 0.05  # of the token counts, relative: below it the slope cannot be told from the intercept
+_LOOKED_AT = 64  # texts of a request, to foresee its tokens
 
 
 class CostModel:
@@ -75,6 +77,35 @@ class CostModel:
         slope = min(max(slope, 0.0), mean_ms / mean_tokens)  # neither part of a cost is negative
         self.token_ms = slope
         self.fixed_ms = max(mean_ms - slope * mean_tokens, 0.0)
+
+
+class Density:
+    """How many tokens texts will have, foreseen from their bytes in UTF-8, so that a refusal costs no tokenization.
+
+    Tokens per byte differ between scripts far less than tokens per character. Not thread-safe: an update that is lost
+    to another thread's is of no account.
+    """
+
+    def __init__(self) -> None:
+        self.tokens_per_byte = 0.0
+
+    def observe(self, text: str, tokens: int) -> None:
+        """Learn that a text has so many tokens, its prompt included."""
+        size = _bytes(text)
+        if size:
+            found = tokens / size
+            self.tokens_per_byte += (found - self.tokens_per_byte) * (_DENSITY if self.tokens_per_byte else 1.0)
+
+    def tokens(self, texts: Sequence[str], most: int) -> int:
+        """Return what texts cut to `most` tokens each should have together; 0 before the first observation."""
+        step = max(len(texts) // _LOOKED_AT, 1)
+        some = texts[::step]
+        found = sum(min(_bytes(text) * self.tokens_per_byte, most) for text in some)
+        return int(found * len(texts) / len(some)) if some else 0
+
+
+def _bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 
 class Pressure:

@@ -22,6 +22,7 @@ from runtime.settings import Limits, SchedulingSettings
 _CANDIDATE_ITEMS = 256  # looked at for one batch at most
 _LEARN = 0.1  # how fast the mean size of a request follows
 _BURST_MS, _BURST_REQUESTS = 1000.0, 8  # may wait, where no limit is set
+_AT_THE_DOOR = 0.9  # of what may wait: a request whose tokens are only foreseen is refused a little earlier
 _WASTE = 0.04  # of a batch that padding may be in any case
 
 Shape = Callable[[int, int], int]
@@ -121,8 +122,10 @@ class FairQueue:
     def __len__(self) -> int:
         return self._tickets
 
-    def check_door(self, now_s: float) -> None:
-        """Raise OverloadedError when no request can be admitted now. Cheap: it is asked before tokenization.
+    def check_door(self, now_s: float, tokens: int = 0, deadline_s: float | None = None) -> None:
+        """Raise OverloadedError or DeadlineError when this request cannot be admitted now.
+
+        Cheap: it is asked before tokenization. `tokens` is what it is foreseen to have, 0 where nothing is known.
 
         A burst may wait up to `most_wait_ms`. Where more is asked for than can be done, a queue of that length would
         add latency and not one answer: it is then kept at a few batches.
@@ -143,6 +146,20 @@ class FairQueue:
                     f"{self._pressure.ratio:.1f} times as many requests come as can be answered, and the wait is "
                     f"{wait_ms:.0f} ms; in overload the limit is {standing_ms:.0f} ms"
                 )
+        if tokens and self._tickets:
+            self._check_wait(self.wait_ms(tokens), _AT_THE_DOOR * self.most_wait_ms, 0.0, deadline_s, now_s)
+
+    def _check_wait(
+        self, wait_ms: float, most_ms: float, own_ms: float, deadline_s: float | None, now_s: float
+    ) -> None:
+        if wait_ms > most_ms:
+            self._refuse(f"the wait is {wait_ms:.0f} ms; the limit is {self.most_wait_ms:.0f} ms")
+        needed_ms = wait_ms + own_ms
+        if deadline_s is not None and needed_ms > (left_ms := 1e3 * (deadline_s - now_s)):
+            raise DeadlineError(
+                f"the answer would take {needed_ms:.0f} ms, and the deadline leaves {max(left_ms, 0):.0f} ms.",
+                cure="Allow more time, send fewer texts, or ask another replica.",
+            )
 
     def _check_requests(self) -> None:
         limit = self._settings.max_waiting_requests
@@ -239,16 +256,8 @@ class FairQueue:
         ):
             if self._tickets and waiting + own > limit:
                 self._refuse(f"{waiting} {what} are waiting and this request has {own}; the limit is {limit}")
-        wait_ms, most_ms = self.wait_ms(tokens), self.most_wait_ms
-        if wait_ms > most_ms:
-            self._refuse(f"the wait is {wait_ms:.0f} ms; the limit is {most_ms:.0f} ms")
-        if ticket.deadline_s is not None:
-            needed_ms, left_ms = wait_ms + self.cost.batch_ms(tokens), 1e3 * (ticket.deadline_s - now_s)
-            if needed_ms > left_ms:
-                raise DeadlineError(
-                    f"the answer would take {needed_ms:.0f} ms, and the deadline leaves {max(left_ms, 0):.0f} ms.",
-                    cure="Allow more time, send fewer texts, or ask another replica.",
-                )
+        own_ms = self.cost.batch_ms(tokens)
+        self._check_wait(self.wait_ms(tokens), self.most_wait_ms, own_ms, ticket.deadline_s, now_s)
 
     def cancel(self, ticket: Ticket) -> None:
         """Drop what of a request is in no batch yet. Unknown and finished ones are none."""

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.batch import make_batch
+from runtime.cost import Density
 from runtime.embedder import Embedder, not_finite
 from runtime.engines.buckets import computed_tokens
 from runtime.errors import DeadlineError, EngineError, F2rtError, UnavailableError
@@ -63,6 +64,7 @@ class Pipeline:
         self._handed_over = threading.Condition(self._lock)
         self._company = threading.Condition(self._lock)
         self._queue = FairQueue(embedder.limits, scheduling, shape=self._shape)
+        self._density = Density()
         self._taken = False
         self._called = False  # for the engine's thread
         self._open = 0
@@ -209,8 +211,15 @@ class Pipeline:
         """Refuse what needs no tokenizer to be refused."""
         call.check(self.embedder.limits.max_items)
         self.embedder.check_dimensions(call.dimensions)
+        # With an empty queue nothing is refused, and nothing needs to be foreseen.
+        tokens = self._foreseen(call) if len(self._queue) else 0
         with self._lock:
-            self._queue.check_door(time.perf_counter())
+            self._queue.check_door(time.perf_counter(), tokens, call.deadline_s)
+
+    def _foreseen(self, call: EmbedCall) -> int:
+        if call.token_ids:
+            return sum(map(len, call.token_ids))
+        return self._density.tokens(call.texts, self.embedder.contract.max_tokens)
 
     def _reply(self, job: Job) -> EmbedReply:
         if job.error is not None:
@@ -235,6 +244,7 @@ class Pipeline:
             job.items += embedder.encode(texts, call.instruction, call.truncate or self._truncate, first=first)
             if len(job.items) == len(call.texts):
                 embedder.check_tokens(job.items)
+                self._density.observe(texts[-1], job.items[-1].original_tokens)
         except F2rtError:
             with self._lock:
                 self._queue.turned_away()
