@@ -1,13 +1,15 @@
 """Counts and logs what became of requests, on a thread of its own: nobody waits for either.
 
-Texts are not in it. Reading the metrics waits for what is still to be counted.
+That thread is not woken for a request: it would take the interpreter from the one whose answer is just being sent. It
+comes by itself, in a moment when there are requests. Texts are not in it. Reading the metrics counts what is left.
 """
 
 from __future__ import annotations
 
+import collections
 import logging
-import queue
 import threading
+import time
 from dataclasses import dataclass
 
 from runtime.serving.call import EmbedCall, EmbedReply
@@ -15,7 +17,11 @@ from runtime.serving.logs import access_log, cut
 from runtime.serving.metrics import Metrics
 from runtime.serving.tracing import Tracer
 
+log = logging.getLogger("f2rt.recorder")
+
 _MAX_ERROR_CHARS = 400
+_PAUSE_S = 0.02
+_AWAKE_S = 10.0  # after the latest request; then the next one has to wake the thread
 
 
 @dataclass(frozen=True)
@@ -37,32 +43,55 @@ class Recorder:
         self._metrics = metrics
         self._tracer = tracer
         self._log_requests = log_requests
-        self._outcomes: queue.SimpleQueue[Outcome | threading.Event | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._record, name="f2rt-recorder", daemon=True)
+        self._outcomes: collections.deque[Outcome] = collections.deque()
+        self._recording = threading.Lock()
+        self._asleep = False
+        self._closed = threading.Event()
+        self._woken = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="f2rt-recorder", daemon=True)
         self._thread.start()
 
     def put(self, outcome: Outcome) -> None:
         """Have an outcome counted and logged soon."""
-        self._outcomes.put(outcome)
+        self._outcomes.append(outcome)
+        if self._asleep:
+            self._woken.set()
 
     def flush(self) -> None:
-        """Wait until everything put so far is counted."""
-        done = threading.Event()
-        self._outcomes.put(done)
-        done.wait()
+        """Count and log everything put so far."""
+        with self._recording:
+            while self._outcomes:
+                self._record(self._outcomes.popleft())
 
     def close(self) -> None:
         """Record what is left, and end the thread."""
-        self._outcomes.put(None)
+        self._closed.set()
+        self._woken.set()
         self._thread.join()
+        self.flush()
         if self._tracer is not None:
             self._tracer.close()
 
-    def _record(self) -> None:
-        while (outcome := self._outcomes.get()) is not None:
-            if isinstance(outcome, threading.Event):
-                outcome.set()
-                continue
+    def _work(self) -> None:
+        latest_s = time.monotonic()
+        while not self._closed.wait(_PAUSE_S):
+            if self._outcomes:
+                latest_s = time.monotonic()
+                self.flush()
+            elif time.monotonic() - latest_s > _AWAKE_S:
+                self._sleep()
+                latest_s = time.monotonic()
+
+    def _sleep(self) -> None:
+        self._woken.clear()
+        self._asleep = True
+        # What came before it was seen that this thread sleeps woke nobody.
+        if not self._outcomes and not self._closed.is_set():
+            self._woken.wait()
+        self._asleep = False
+
+    def _record(self, outcome: Outcome) -> None:
+        try:
             reply = outcome.reply
             self._metrics.request(outcome.model, outcome.protocol, outcome.status, reply.timings if reply else None)
             if reply is not None:
@@ -71,6 +100,8 @@ class Recorder:
                 self._tracer.request(outcome.model, outcome.protocol, outcome.status, outcome.call, reply)
             if self._log_requests or outcome.status == "INTERNAL":
                 _log(outcome)
+        except Exception:  # one that cannot be recorded must not take the others along
+            log.exception("a request could not be recorded")
 
 
 def _log(outcome: Outcome) -> None:
