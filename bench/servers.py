@@ -61,7 +61,7 @@ class Running:
 @contextlib.contextmanager
 def running(contender: Contender, checkpoint: Path, bundle: Path, engine: str, log: Path) -> Iterator[Running]:
     """Start a server, wait until it answers, and stop it. Raises RuntimeError with its last words if it does not."""
-    port, second = _free_port(), _free_port()
+    port, second = free_port(), free_port()
     environment = {n: v for n, v in os.environ.items() if not n.startswith(_PINS)} | {"HF_HUB_OFFLINE": "1"}
     url = f"http://127.0.0.1:{port}"
     model = str(checkpoint)
@@ -141,7 +141,8 @@ def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
     raise RuntimeError(f"it did not answer within {_START_S:g} s: {said}" if status is None else f"it ended: {said}")
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of 127.0.0.1 that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
