@@ -24,6 +24,7 @@ from runtime.client import retry_delay_s
 TIMEOUT_S = 60.0
 SETTLED_S = 3.0
 _RETRY_S = 0.01  # of a server that does not say
+_KEPT_S = 2.0  # between two requests: less than any server keeps a connection, or one it closes is taken for a failure
 _JSON = {"content-type": "application/json"}
 
 
@@ -160,7 +161,7 @@ class OpenAIAsker:
     def __init__(self, url: str, model: str, encoding: str = "base64") -> None:
         """Open no connection yet. Must be called inside the event loop that asks."""
         # Not httpx: it takes as much of the cores for a request as a fast server does.
-        connector = aiohttp.TCPConnector(limit=2000)
+        connector = aiohttp.TCPConnector(limit=2000, keepalive_timeout=_KEPT_S)
         self._client = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=TIMEOUT_S))
         self._url = url
         self._fields = {"model": model, "encoding_format": encoding}

@@ -195,8 +195,11 @@ class FairQueue:
 
     @property
     def standing_wait_ms(self) -> float:
-        """The wait that is let in overload: a few efficient batches."""
-        return self._settings.standing_batches * self.cost.batch_ms(self.budget)
+        """The wait that is let in overload: a few efficient batches, or requests, where these are larger.
+
+        Less than a request would leave the engine idle from when one is done until the next one comes.
+        """
+        return self._settings.standing_batches * self.cost.batch_ms(max(self.budget, round(self._mean_tokens)))
 
     @property
     def most_wait_ms(self) -> float:

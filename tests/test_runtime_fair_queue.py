@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.cost import CostModel, Pressure
+from runtime.cost import CostModel, Density, Pressure
 from runtime.errors import DeadlineError, InputError, OverloadedError
 from runtime.scheduler import FairQueue, Planned, Ticket
 from runtime.settings import PRESETS, Limits, SchedulingSettings
@@ -210,6 +210,36 @@ def test_deadlines_follow_the_cost() -> None:
     assert waiting.next_batch(0.2) is None, "100 tokens take until 1.2 s"
     assert waiting.expired == [late]
     assert (len(waiting), waiting.items, waiting.tokens) == (0, 0, 0)
+
+
+def test_a_request_whose_tokens_are_foreseen_is_refused_before_they_are_counted() -> None:
+    waiting = queue(cost=known(0.0, 1.0), max_wait_ms=1000)
+    waiting.check_door(0.0, tokens=10**6)  # nothing waits: it is as long as it is
+    waiting.admit(Ticket([950]), 0.0)
+    with pytest.raises(OverloadedError, match=r"the wait is 950 ms; the limit is 1000 ms"):
+        waiting.check_door(0.0, tokens=2000)
+    waiting.check_door(0.0, tokens=100)  # a shorter one waits for its share only
+    waiting.check_door(0.0)  # of which nothing is known
+    waiting.check_door(0.0, tokens=100, deadline_s=0.2)
+    with pytest.raises(DeadlineError, match=r"would take 100 ms, and the deadline leaves 50 ms"):
+        waiting.check_door(0.0, tokens=100, deadline_s=0.05)
+    waiting.admit(Ticket([2000]), 0.0)  # the door is a little earlier than the limit itself
+    assert len(waiting) == 2
+
+
+def test_tokens_are_foreseen_from_bytes() -> None:
+    density = Density()
+    assert density.tokens(["anything"], 100) == 0, "nothing is known yet"
+    density.observe("four char" * 4, 9)
+    assert density.tokens(["x" * 400], 1000) == 100
+    assert density.tokens(["x" * 400, "x" * 40], 50) == 60, "cut to 50 tokens each"
+    assert density.tokens(["щ" * 200], 1000) == 100, "two bytes each"
+    assert density.tokens(["x" * 40] * 1000, 1000) == 10_000, "a part of them is looked at"
+    assert density.tokens([], 1000) == 0
+    density.observe("", 1)
+    for _ in range(200):
+        density.observe("xx", 1)
+    assert density.tokens(["x" * 400], 1000) == pytest.approx(200, abs=2), "it follows what comes"
 
 
 def test_overload_keeps_the_queue_short_and_a_burst_does_not() -> None:

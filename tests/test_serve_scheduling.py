@@ -97,6 +97,47 @@ def test_requests_that_are_wrong_are_not_taken_for_overload(embedder: Embedder) 
                 answer.result()
 
 
+@pytest.mark.parametrize("over", ["gRPC", "HTTP"])
+def test_what_cannot_be_admitted_is_refused_without_being_tokenized(
+    embedder: Embedder, over: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, own = held(embedder)
+    with InProcess(own, http=True, scheduling=SchedulingSettings(max_wait_ms=1000.0)) as server:
+        engine.allow(1)
+        with EmbeddingClient(server.grpc) as client:
+            client.embed(["what a text has in tokens is learned from one"])
+        # Of whatever the engine takes for a batch, so that what is waited for is in the test's hand.
+        cost = server.model.pipeline._queue.cost
+        for tokens in [1, 1000] * 500:
+            cost.observe(tokens, 10.0 * tokens)
+        tokenized: list[int] = []
+        encode = own.encode
+        monkeypatch.setattr(
+            own, "encode", lambda texts, *rest, **more: tokenized.append(len(texts)) or encode(texts, *rest, **more)
+        )
+        with server.channel() as channel:
+            stub = server.stub(channel)
+            admitted = [stub.Embed.future(ids_request([5] * 200))]
+            engine.wait_begun(2)
+            admitted.append(stub.Embed.future(ids_request([7] * 200)))
+            wait_queued(server, 1)
+            texts = ["as many words as it takes for two hundred tokens " * 30]
+            if over == "gRPC":
+                refusal = failure(lambda: stub.Embed(texts_request(texts)))
+                assert refusal.code() is FULL
+                assert "the limit is 1000 ms" in refusal.details()
+            else:
+                answer = httpx.post(f"http://{server.http}/v1/embeddings", json={"input": texts}, trust_env=False)
+                assert answer.status_code == 429
+            assert tokenized == []
+            short = stub.Embed.future(texts_request(["short"]))
+            wait_queued(server, 2)
+            assert tokenized == [1]
+            engine.allow(10)
+            for answer in (*admitted, short):
+                answer.result()
+
+
 @pytest.mark.parametrize(
     ("limits", "what"),
     [({"max_waiting_items": 3}, "3 texts are waiting"), ({"max_waiting_tokens": 6}, "6 tokens are waiting")],
