@@ -1,5 +1,6 @@
-"""What a batch costs in time, learned while serving: a + b x tokens, in milliseconds; what a text will have in tokens;
-and how much is asked for. No clock here.
+"""What a batch costs in time: a + b x tokens, in milliseconds; and what texts will have in tokens. Both are learned.
+
+No clock here.
 
 `a` is what every batch costs (reading the weights, starting kernels), `b` what one padded token adds. Their ratio says
 how much padding is worth one batch less, and how large a batch has to be.
@@ -7,16 +8,10 @@ how much padding is worth one batch less, and how large a batch has to be.
 
 from __future__ import annotations
 
-import itertools
-from collections import deque
 from collections.abc import Sequence
 
 _FORGET = 0.98  # weight of what was known before, per observation: about fifty batches are remembered
 _DENSITY = 0.05  # how fast tokens per byte follow the latest text
-# What the pressure is taken over: so many arrivals and answers, and batches; and what there must be of both to tell.
-_EVENTS, _BATCHES = 128, 16
-_LEAST_EVENTS, _LEAST_BATCHES = 64, 4
-_MOST_BATCHES = 1024
 _LEAST_SPREAD = 0.05  # of the token counts, relative: below it the slope cannot be told from the intercept
 _LOOKED_AT = 64  # texts of a request, to foresee its tokens
 
@@ -106,38 +101,3 @@ class Density:
 
 def _bytes(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
-
-
-class Pressure:
-    """How many requests come for each one that is served, refused ones included, over the latest batches.
-
-    Counted by events and not by time, it means the same for a fast engine and a slow one. It is read off whenever a
-    batch is taken: callers that wait for their answers, however many, come back while the next batch runs, so that
-    between two batches as many come as were served, but for how much one batch differs from another. As much as the
-    largest batch served is therefore no pressure. Not thread-safe.
-    """
-
-    def __init__(self) -> None:
-        self.ratio = 1.0
-        self._arrived = self._served = 0
-        self._marks = deque([(0, 0)], maxlen=_MOST_BATCHES)  # both counts, as each batch was taken
-
-    def arrived(self) -> None:
-        """Count a request that came."""
-        self._arrived += 1
-
-    def served(self) -> None:
-        """Count a request that was served."""
-        self._served += 1
-
-    def batch(self) -> None:
-        """Note that a batch was taken, and what it serves was counted; updates `ratio`, 1 while too little is known."""
-        marks = self._marks
-        marks.append((self._arrived, self._served))
-        while len(marks) > _BATCHES and sum(marks[-1]) - sum(marks[1]) >= _EVENTS:
-            marks.popleft()
-        came, served = (last - first for first, last in zip(marks[0], marks[-1], strict=True))
-        if len(marks) <= _LEAST_BATCHES or came + served < _LEAST_EVENTS:
-            return
-        largest = max(after - before for (_, before), (_, after) in itertools.pairwise(marks))
-        self.ratio = max(came - largest, 0) / max(served, 1)

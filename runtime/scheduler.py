@@ -15,8 +15,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from runtime.cost import CostModel, Pressure
+from runtime.cost import CostModel
 from runtime.errors import DeadlineError, InputError, OverloadedError
+from runtime.overload import Overload
 from runtime.settings import Limits, SchedulingSettings
 
 _CANDIDATE_ITEMS = 256  # looked at for one batch at most
@@ -111,12 +112,7 @@ class FairQueue:
         self._tickets = 0
         self._virtual = 0.0
         self._numbers = itertools.count()
-        self._busy_since_s: float | None = None
-        self._lasting = False  # whether it has been busy for longer than a burst
-        self._relapse = False  # whether it was overloaded, and more still come than are served
-        self._paused_s: float | None = None  # since when nothing has been waiting, in overload
-        self._latest_s = 0.0  # when a request came last
-        self._pressure = Pressure()
+        self._overload = Overload(settings.burst_ms, settings.overload)
         self._mean_tokens = 0.0  # of a request
 
     def __len__(self) -> int:
@@ -131,7 +127,7 @@ class FairQueue:
         add latency and not one answer: it is then kept at a few batches.
         """
         settings = self._settings
-        self._note_arrival(now_s)
+        self._overload.came(now_s, self._pause_ms)
         self._check_requests()
         for waiting, limit, what in (
             (self.items, settings.max_waiting_items, "texts"),
@@ -143,7 +139,7 @@ class FairQueue:
             wait_ms, standing_ms = self.wait_ms(int(self._mean_tokens)), self.standing_wait_ms
             if wait_ms > standing_ms:
                 self._refuse(
-                    f"{self._pressure.ratio:.1f} times as many requests come as can be answered, and the wait is "
+                    f"{self._overload.ratio:.1f} times as many requests come as can be answered, and the wait is "
                     f"{wait_ms:.0f} ms; in overload the limit is {standing_ms:.0f} ms"
                 )
         if tokens and self._tickets:
@@ -168,30 +164,12 @@ class FairQueue:
 
     def turned_away(self) -> None:
         """Take note that a request which passed the door was refused for what it asks, so that nobody serves it."""
-        self._note_end()
-
-    def _note_arrival(self, now_s: float) -> None:
-        self._notice_pause(now_s)
-        since_s = self._busy_since_s
-        lasting = since_s is not None and 1e3 * (now_s - since_s) > self._settings.burst_ms
-        if lasting and not self._lasting:
-            self._pressure = Pressure()  # what filled the queue at first was a burst
-        self._lasting = lasting
-        if lasting:
-            self._pressure.arrived()
-
-    def _note_end(self) -> None:
-        if self._lasting:
-            self._pressure.served()
+        self._overload.done_with()
 
     @property
     def is_overloaded(self) -> bool:
-        """Whether requests have been waiting for `burst_ms` without a pause, and since then more came than were served.
-
-        Both are needed: callers that each wait for their answer fill a queue once, however many they are, and then ask
-        for no more than is done.
-        """
-        return self._lasting and self._pressure.ratio > self._settings.overload
+        """Whether more is asked for than can be done, and not in a burst only."""
+        return self._overload.is_overloaded
 
     @property
     def standing_wait_ms(self) -> float:
@@ -211,6 +189,10 @@ class FairQueue:
     def _requests_ms(self) -> float:
         """Return what a burst of requests takes: on a slow engine time is counted in these."""
         return _BURST_REQUESTS * self.cost.batch_ms(round(self._mean_tokens))
+
+    @property
+    def _pause_ms(self) -> float:
+        return max(self._settings.burst_ms, self._requests_ms)
 
     @property
     def budget(self) -> int:
@@ -238,10 +220,7 @@ class FairQueue:
             self._check_room(ticket, count, tokens, now_s)
         ticket.order = sorted(range(count), key=lambda i: -ticket.lengths[i])
         ticket.number, ticket.waiting_tokens, ticket.open = next(self._numbers), tokens, True
-        self._notice_pause(now_s)
-        if self._busy_since_s is None:
-            self._busy_since_s = now_s
-        self._paused_s = None
+        self._overload.admitted(now_s, self._pause_ms)
         self._tickets += 1
         self.tokens += tokens
         self.items += count
@@ -266,7 +245,7 @@ class FairQueue:
         """Drop what of a request is in no batch yet. Unknown and finished ones are none."""
         if ticket.open:
             self._close(ticket)
-            self._rest(self._latest_s)
+            self._rest(self._overload.latest_s)
 
     def next_batch(self, now_s: float) -> Planned | None:
         """Take the next batch out of the queue; None when nothing waits. What expired is dropped first."""
@@ -280,9 +259,7 @@ class FairQueue:
             taken[ticket].append(index)
         for ticket, indices in taken.items():
             self._take(ticket, indices)
-        if self._lasting:
-            self._pressure.batch()
-            self._relapse = self.is_overloaded or (self._relapse and self._pressure.ratio > 1)
+        self._overload.batch()
         planned = Planned(chosen, max(ticket.lengths[index] for ticket, index in chosen))
         # While the batch runs nothing can be served: a pause begins after it.
         self._rest(now_s + 1e-3 * self.cost.batch_ms(self._shape(len(planned.rows), planned.width)))
@@ -362,7 +339,7 @@ class FairQueue:
         else:
             ticket.open = False
             self._tickets -= 1
-            self._note_end()
+            self._overload.done_with()
 
     def _push(self, ticket: Ticket, start: float) -> None:
         ticket.tag = start + ticket.lengths[ticket.order[0]]
@@ -376,29 +353,11 @@ class FairQueue:
         self.tokens -= ticket.waiting_tokens
 
     def _rest(self, now_s: float) -> None:
-        """Begin anew where nothing waits.
-
-        In overload the queue is short and runs empty now and then: each time taken for the end of it would let in a
-        whole burst again. Only a pause as long as a burst ends it, or that no more come than are served.
-        """
-        if self._tickets:
-            return
-        self._heap.clear()
-        self._virtual = 0.0
-        if not self._relapse:
-            self._forget_load()
-        elif self._paused_s is None:
-            self._paused_s = now_s
-
-    def _notice_pause(self, now_s: float) -> None:
-        self._latest_s = now_s
-        pause_ms = max(self._settings.burst_ms, self._requests_ms)
-        if self._paused_s is not None and 1e3 * (now_s - self._paused_s) > pause_ms:
-            self._forget_load()
-
-    def _forget_load(self) -> None:
-        self._busy_since_s = self._paused_s = None
-        self._lasting = self._relapse = False
+        """Begin anew where nothing waits."""
+        if not self._tickets:
+            self._heap.clear()
+            self._virtual = 0.0
+            self._overload.empty(now_s)
 
     def _refuse(self, reason: str) -> None:
         retry_s = max(self.wait_ms(self.tokens) / 2e3, 0.05)

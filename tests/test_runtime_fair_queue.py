@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.cost import CostModel, Density, Pressure
+from runtime.cost import CostModel, Density
 from runtime.errors import DeadlineError, InputError, OverloadedError
+from runtime.overload import Pressure
 from runtime.scheduler import FairQueue, Planned, Ticket
 from runtime.settings import PRESETS, Limits, SchedulingSettings
 
