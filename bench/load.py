@@ -23,6 +23,7 @@ from runtime.client import retry_delay_s
 
 TIMEOUT_S = 60.0
 SETTLED_S = 3.0
+LEAST_REQUESTS = 20
 _RETRY_S = 0.01  # of a server that does not say
 _KEPT_S = 2.0  # between two requests: less than any server keeps a connection, or one it closes is taken for a failure
 _JSON = {"content-type": "application/json"}
@@ -83,13 +84,18 @@ class Outcomes:
         return data
 
 
-async def closed_loop(ask: Ask, requests: Sequence[Sequence[str]], callers: int, seconds: float) -> Outcomes:
-    """`callers` callers, each of which asks again when it has its answer, or when the server that refused wants it."""
+async def closed_loop(
+    ask: Ask, requests: Sequence[Sequence[str]], callers: int, seconds: float, least: int = 1
+) -> Outcomes:
+    """`callers` callers, each of which asks again when it has its answer, or when the server that refused wants it.
+
+    Each asks `least` times, however long that takes.
+    """
     outcomes, end = Outcomes(), time.perf_counter() + seconds
 
     async def call(number: int) -> None:
         turn = number
-        while time.perf_counter() < end:
+        while time.perf_counter() < end or turn < number + least * callers:
             request = requests[turn % len(requests)]
             turn += callers
             start = time.perf_counter()
@@ -105,16 +111,20 @@ async def closed_loop(ask: Ask, requests: Sequence[Sequence[str]], callers: int,
 
 
 async def open_loop(ask: Ask, requests: Sequence[Sequence[str]], per_second: float, seconds: float) -> Outcomes:
-    """Requests at a fixed mean rate, at times of a Poisson process."""
-    outcomes, chance = Outcomes(), random.Random(7)
-    due, tasks, number = time.perf_counter() + 0.05, set[asyncio.Task[None]](), 0
-    start, end = due, due + seconds
+    """Requests at a fixed rate, at times of a Poisson process, for `seconds` or as long as `LEAST_REQUESTS` take.
+
+    As many as the rate says, however the times fall: given their number, a Poisson process spreads them evenly.
+    """
+    outcomes, tasks = Outcomes(), set[asyncio.Task[None]]()
+    count = max(round(per_second * seconds), LEAST_REQUESTS)
+    seconds, chance = count / per_second, random.Random(7)
+    start = time.perf_counter() + 0.05
 
     async def send(request: Sequence[str], due_s: float) -> None:
         outcome = await ask(request)
         outcomes.add(outcome, len(request), 1e3 * (time.perf_counter() - due_s), due_s - start)
 
-    while due < end:
+    for number, due in enumerate(sorted(start + chance.uniform(0, seconds) for _ in range(count))):
         wait = due - time.perf_counter()
         # Sleeping is not exact below a millisecond; what is due by then goes out together.
         if wait > 0.0005:
@@ -122,9 +132,7 @@ async def open_loop(ask: Ask, requests: Sequence[Sequence[str]], per_second: flo
         task = asyncio.create_task(send(requests[number % len(requests)], due))
         tasks.add(task)
         task.add_done_callback(tasks.discard)
-        number += 1
-        due += chance.expovariate(per_second)
-        if number % 64 == 0:
+        if number % 64 == 63:
             await asyncio.sleep(0)  # answers are read also when the generator is late
     while tasks:
         await asyncio.wait(tasks)

@@ -57,6 +57,15 @@ class Running:
     grpc: str = ""
     http: str = ""
 
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Have all of its processes stand still."""
+        os.killpg(self.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.killpg(self.pid, signal.SIGCONT)
+
 
 @contextlib.contextmanager
 def running(contender: Contender, checkpoint: Path, bundle: Path, engine: str, log: Path) -> Iterator[Running]:

@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 _FORGET = 0.98  # weight of what was known before, per observation: about fifty batches are remembered
-_DENSITY = 0.05  # how fast tokens per byte follow the latest text
 _LEAST_SPREAD = 0.05  # of the token counts, relative: below it the slope cannot be told from the intercept
-_LOOKED_AT = 64  # texts of a request, to foresee its tokens
+_REMEMBERED = 0.95  # of bytes and tokens, per request
+_MOST_BYTES = 4096  # that one request counts for
+_LOOKED_AT = 512  # characters of a text
 
 
 class CostModel:
@@ -77,27 +78,37 @@ class CostModel:
 class Density:
     """How many tokens texts will have, foreseen from their bytes in UTF-8, so that a refusal costs no tokenization.
 
-    Tokens per byte differ between scripts far less than tokens per character. Not thread-safe: an update that is lost
-    to another thread's is of no account.
+    Tokens per byte differ between scripts far less than tokens per character. A ratio of sums, older requests counting
+    less and less: a text of one byte, which has an end token as well, says little. Not thread-safe: an update that is
+    lost to another thread's is of no account.
     """
 
     def __init__(self) -> None:
-        self.tokens_per_byte = 0.0
+        self._sums = (0.0, 0.0)  # bytes and tokens
 
-    def observe(self, text: str, tokens: int) -> None:
-        """Learn that a text has so many tokens, its prompt included."""
-        size = _bytes(text)
+    @property
+    def tokens_per_byte(self) -> float:
+        """0 before the first observation."""
+        size, tokens = self._sums
+        return tokens / size if size else 0.0
+
+    def observe(self, prompt: str, texts: Sequence[str], tokens: int) -> None:
+        """Learn that texts, with a prompt before each of them, have so many tokens together."""
+        size = sum(map(_bytes, texts)) + len(texts) * _bytes(prompt)
         if size:
-            found = tokens / size
-            self.tokens_per_byte += (found - self.tokens_per_byte) * (_DENSITY if self.tokens_per_byte else 1.0)
+            weight = min(_MOST_BYTES / size, 1.0)  # one request does not speak for all
+            known, counted = self._sums
+            self._sums = (_REMEMBERED * known + weight * size, _REMEMBERED * counted + weight * tokens)
 
-    def tokens(self, texts: Sequence[str], most: int) -> int:
-        """Return what texts cut to `most` tokens each should have together; 0 before the first observation."""
-        step = max(len(texts) // _LOOKED_AT, 1)
-        some = texts[::step]
-        found = sum(min(_bytes(text) * self.tokens_per_byte, most) for text in some)
-        return int(found * len(texts) / len(some)) if some else 0
+    def tokens(self, prompt: str, texts: Sequence[str], most: int) -> int:
+        """Return what texts with a prompt before each, cut to `most` tokens, should have together; 0 when unknown."""
+        ratio, before = self.tokens_per_byte, _bytes(prompt)
+        return int(sum(min((before + _bytes(text)) * ratio, most) for text in texts))
 
 
 def _bytes(text: str) -> int:
-    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+    """Return a text's size in UTF-8, about: of a long one that is not ASCII, from its beginning."""
+    if text.isascii():
+        return len(text)
+    beginning = text[:_LOOKED_AT]
+    return len(text) * len(beginning.encode("utf-8", "surrogatepass")) // len(beginning)

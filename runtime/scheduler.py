@@ -143,13 +143,17 @@ class FairQueue:
                     f"{wait_ms:.0f} ms; in overload the limit is {standing_ms:.0f} ms"
                 )
         if tokens and self._tickets:
-            self._check_wait(self.wait_ms(tokens), _AT_THE_DOOR * self.most_wait_ms, 0.0, deadline_s, now_s)
+            try:
+                self._check_wait(self.wait_ms(tokens), _AT_THE_DOOR * self.most_wait_ms, 0.0, deadline_s, now_s)
+            except OverloadedError:
+                self._learn_size(tokens)  # as it would be, had it been counted
+                raise
 
     def _check_wait(
         self, wait_ms: float, most_ms: float, own_ms: float, deadline_s: float | None, now_s: float
     ) -> None:
         if wait_ms > most_ms:
-            self._refuse(f"the wait is {wait_ms:.0f} ms; the limit is {self.most_wait_ms:.0f} ms")
+            self._refuse(f"the wait is {wait_ms:.0f} ms; the limit is {most_ms:.0f} ms")
         needed_ms = wait_ms + own_ms
         if deadline_s is not None and needed_ms > (left_ms := 1e3 * (deadline_s - now_s)):
             raise DeadlineError(
@@ -227,8 +231,7 @@ class FairQueue:
         self._push(ticket, self._virtual)
 
     def _check_room(self, ticket: Ticket, count: int, tokens: int, now_s: float) -> None:
-        self._mean_tokens = self._mean_tokens or tokens
-        self._mean_tokens += _LEARN * (tokens - self._mean_tokens)
+        self._learn_size(tokens)
         settings = self._settings
         self._check_requests()
         # What is too large for the queue, and not for the server, gets it when it is empty.
@@ -240,6 +243,10 @@ class FairQueue:
                 self._refuse(f"{waiting} {what} are waiting and this request has {own}; the limit is {limit}")
         own_ms = self.cost.batch_ms(tokens)
         self._check_wait(self.wait_ms(tokens), self.most_wait_ms, own_ms, ticket.deadline_s, now_s)
+
+    def _learn_size(self, tokens: int) -> None:
+        self._mean_tokens = self._mean_tokens or tokens
+        self._mean_tokens += _LEARN * (tokens - self._mean_tokens)
 
     def cancel(self, ticket: Ticket) -> None:
         """Drop what of a request is in no batch yet. Unknown and finished ones are none."""

@@ -64,7 +64,9 @@ class SchedulingSettings:
     `least_batch_tokens` and at most `Limits.max_batch_tokens`. `gather_ms`: how long an idle engine waits for company
     for the first request. A burst may wait up to `max_wait_ms`, where 0 is as long as 8 requests of the mean size take
     and at least a second; when something has been waiting for `burst_ms` without a pause and `overload` times as many
-    requests come as are served, only as long as `standing_batches` batches take. The rest are hard limits.
+    requests come as are served, only as long as `standing_batches` batches take, or requests of the mean size where
+    these are larger. A request whose tokens are only foreseen is refused at nine tenths of `max_wait_ms`. The rest are
+    hard limits.
     """
 
     efficiency: float = 0.97

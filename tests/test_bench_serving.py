@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from bench.load import FAILED, OK, REFUSED, Answer, Outcomes, closed_loop, open_loop
+from bench.load import FAILED, LEAST_REQUESTS, OK, REFUSED, Answer, Outcomes, closed_loop, open_loop
 from bench.raw_engine import RawEngine
+from bench.servers import Running
 from bench.serving import Measured, measure, mixed_texts
 from bench.soak import measure as soak
 from runtime.bundle import Bundle
 from runtime.embedder import open_embedder
 from runtime.tokenizer import Instruction, TokenizedText, Truncate
+from tests.serving_in_process import wait_until
 
 REQUESTS = [["a"], ["b", "c"]]
 
@@ -66,8 +70,45 @@ def test_the_open_loop_counts_from_when_a_request_was_due(monkeypatch: pytest.Mo
     outcomes = asyncio.run(open_loop(ask, REQUESTS, 200, 1.0))
     late = [ms for ms in outcomes.ok_ms if ms > 50]
     assert len(late) > 30, "those of a quarter of a second at 200 a second"
-    assert 120 < len(outcomes.ok_ms) < 280
+    assert len(outcomes.ok_ms) == 200, "as many as the rate says"
     assert 0 < len(outcomes.settled_ms) < len(outcomes.ok_ms), "those due after the onset"
+
+
+def test_a_slow_server_is_asked_often_enough() -> None:
+    asked = 0
+
+    async def ask(texts: Sequence[str]) -> Answer:
+        nonlocal asked
+        asked += 1
+        await asyncio.sleep(0.05)
+        return OK
+
+    outcomes = asyncio.run(open_loop(ask, REQUESTS, 50, 0.1))
+    assert len(outcomes.ok_ms) == LEAST_REQUESTS
+    assert outcomes.seconds >= LEAST_REQUESTS / 50
+    asked = 0
+    asyncio.run(closed_loop(ask, REQUESTS, 3, 0.01, least=2))
+    assert asked == 6
+
+
+def test_a_server_stands_still_beside_the_raw_engine(tmp_path: Path) -> None:
+    source = (
+        "import pathlib, sys, time\n"
+        "for n in range(10**6): pathlib.Path(sys.argv[1]).write_text(str(n)); time.sleep(0.01)"
+    )
+    count = tmp_path / "count"
+    process = subprocess.Popen([sys.executable, "-c", source, str(count)], start_new_session=True)
+    try:
+        wait_until(count.exists)
+        with Running(lambda: pytest.fail("not asked"), "", process.pid).stopped():
+            time.sleep(0.1)
+            before = count.read_text()
+            time.sleep(0.3)
+            assert count.read_text() == before
+        wait_until(lambda: count.read_text() not in ("", before))
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_outcomes_are_told_apart() -> None:
@@ -118,8 +159,11 @@ def test_a_phase_is_set_against_the_turns_on_either_side() -> None:
 def test_the_raw_engine_does_whole_passes(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     embedder = open_embedder(bundle)
     texts = mixed_texts(embedder)
-    raw = RawEngine(embedder, texts, 0.1)
+    raw = RawEngine(embedder, texts, 0.1, 3)
     assert raw.texts == texts[: len(raw.texts)]
+    assert len(raw.texts) % 3 == 0, "whole requests, as the servers get them"
+    with pytest.raises(ValueError, match="no request of 7"):
+        RawEngine(embedder, texts[:6], 0.1, 7)
     rows: list[int] = []
     infer_rows = embedder.infer_rows
 

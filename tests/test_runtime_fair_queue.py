@@ -217,7 +217,7 @@ def test_a_request_whose_tokens_are_foreseen_is_refused_before_they_are_counted(
     waiting = queue(cost=known(0.0, 1.0), max_wait_ms=1000)
     waiting.check_door(0.0, tokens=10**6)  # nothing waits: it is as long as it is
     waiting.admit(Ticket([950]), 0.0)
-    with pytest.raises(OverloadedError, match=r"the wait is 950 ms; the limit is 1000 ms"):
+    with pytest.raises(OverloadedError, match=r"the wait is 950 ms; the limit is 900 ms"):
         waiting.check_door(0.0, tokens=2000)
     waiting.check_door(0.0, tokens=100)  # a shorter one waits for its share only
     waiting.check_door(0.0)  # of which nothing is known
@@ -228,19 +228,56 @@ def test_a_request_whose_tokens_are_foreseen_is_refused_before_they_are_counted(
     assert len(waiting) == 2
 
 
+def test_on_a_slow_engine_large_requests_get_in_after_small_ones() -> None:
+    """A burst may be eight requests long: what is refused at the door counts for how long these are."""
+    waiting = FairQueue(Limits(), SchedulingSettings(overload=1e9), known(0.0, 1.0))
+    for _ in range(50):
+        waiting.admit(Ticket([20]), 0.0)
+        waiting.next_batch(0.0)
+    waiting.admit(Ticket([4000]), 0.0, bounded=False)
+    for _ in range(30):
+        with contextlib.suppress(OverloadedError):
+            waiting.check_door(0.0, tokens=4000)
+            break
+    else:
+        pytest.fail("none of thirty was let in")
+
+
+def test_in_overload_requests_larger_than_a_batch_keep_the_engine_busy() -> None:
+    """Three batches of 100 tokens would be less than one request of 1,000."""
+    waiting = queue(Limits(max_batch_tokens=100), known(100.0, 1.0), standing_batches=3)
+    assert waiting.standing_wait_ms == pytest.approx(600, rel=0.01)
+    for _ in range(100):
+        waiting.admit(Ticket([100] * 10), 0.0)
+    assert waiting.standing_wait_ms == pytest.approx(3300, rel=0.01)
+
+
 def test_tokens_are_foreseen_from_bytes() -> None:
     density = Density()
-    assert density.tokens(["anything"], 100) == 0, "nothing is known yet"
-    density.observe("four char" * 4, 9)
-    assert density.tokens(["x" * 400], 1000) == 100
-    assert density.tokens(["x" * 400, "x" * 40], 50) == 60, "cut to 50 tokens each"
-    assert density.tokens(["щ" * 200], 1000) == 100, "two bytes each"
-    assert density.tokens(["x" * 40] * 1000, 1000) == 10_000, "a part of them is looked at"
-    assert density.tokens([], 1000) == 0
-    density.observe("", 1)
+    assert density.tokens("", ["anything"], 100) == 0, "nothing is known yet"
+    density.observe("", ["four char" * 4], 9)
+    assert density.tokens("", ["x" * 400], 1000) == 100
+    assert density.tokens("p" * 40, ["x" * 400] * 2, 1000) == 220, "the prompt stands before each text"
+    assert density.tokens("", ["x" * 400, "x" * 40], 50) == 60, "cut to 50 tokens each"
+    assert density.tokens("", ["щ" * 2000], 10**6) == 1000, "two bytes each"
+    assert density.tokens("", ["x" * 40, "x" * 4] * 500, 1000) == 5500
+    assert density.tokens("", [], 1000) == 0
+    assert density.tokens("", ["\ud800"], 1000) == 0, "half a character is refused later"
+    density.observe("", [""], 1)
     for _ in range(200):
-        density.observe("xx", 1)
-    assert density.tokens(["x" * 400], 1000) == pytest.approx(200, abs=2), "it follows what comes"
+        density.observe("", ["xx" * 50], 50)
+    assert density.tokens("", ["x" * 400], 1000) == pytest.approx(200, abs=2), "it follows what comes"
+
+
+def test_no_single_request_makes_up_what_others_are_foreseen_to_have() -> None:
+    density = Density()
+    for _ in range(20):
+        density.observe("", ["x" * 400], 100)
+    density.observe("p" * 200, ["a"], 51)  # a query of one letter after a long prompt
+    density.observe("", ["a"], 2)
+    assert density.tokens("", ["x" * 400], 1000) == pytest.approx(100, abs=2)
+    density.observe("", ["\U0001f600" * 250_000], 1_000_000)  # a token for each byte
+    assert density.tokens("", ["x" * 400], 1000) < 300
 
 
 def test_overload_keeps_the_queue_short_and_a_burst_does_not() -> None:

@@ -48,6 +48,16 @@ def test_after_a_time_without_requests_the_next_one_is_counted_as_well(recorder:
         wait_until(lambda turn=turn: counted(metrics) == turn)
 
 
+def test_nobody_is_woken_while_requests_come(metrics: Metrics, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorders, "_PAUSE_S", 0.005)
+    recorder = Recorder(metrics, log_requests=False)
+    for turn in range(1, 6):
+        recorder.put(FAILED)
+        assert not recorder._woken.is_set()
+        wait_until(lambda turn=turn: counted(metrics) == turn)
+    recorder.close()
+
+
 def test_reading_the_metrics_counts_what_is_left(metrics: Metrics, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recorders, "_PAUSE_S", 60.0)
     recorder = Recorder(metrics, log_requests=False)

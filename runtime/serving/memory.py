@@ -9,15 +9,20 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt, from glibc's malloc.h
+_GIVEN = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 _KEPT_BYTES = 1 << 20  # at an arena's end; larger blocks are mapped by themselves
 
 
 def keep_little() -> None:
-    """Hold the thresholds where they are good for a server. To be called before engines are loaded."""
+    """Hold the thresholds where they are good for a server, unless the environment sets them.
+
+    To be called before engines are loaded.
+    """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
+    if mallopt is not None and not any(name in os.environ for name in _GIVEN):
         mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
         mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
 

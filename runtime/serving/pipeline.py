@@ -211,15 +211,14 @@ class Pipeline:
         """Refuse what needs no tokenizer to be refused."""
         call.check(self.embedder.limits.max_items)
         self.embedder.check_dimensions(call.dimensions)
-        # With an empty queue nothing is refused, and nothing needs to be foreseen.
-        tokens = self._foreseen(call) if len(self._queue) else 0
+        # With an empty queue nothing is refused, and nothing needs to be foreseen. Token ids are counted when they are
+        # unpacked, which costs no more than counting them here.
+        tokens = 0
+        if len(self._queue) and call.texts:
+            prompt = self.embedder.loaded.tokenizer.prompt_text(call.instruction)
+            tokens = self._density.tokens(prompt, call.texts, self.embedder.contract.max_tokens)
         with self._lock:
             self._queue.check_door(time.perf_counter(), tokens, call.deadline_s)
-
-    def _foreseen(self, call: EmbedCall) -> int:
-        if call.token_ids:
-            return sum(map(len, call.token_ids))
-        return self._density.tokens(call.texts, self.embedder.contract.max_tokens)
 
     def _reply(self, job: Job) -> EmbedReply:
         if job.error is not None:
@@ -244,7 +243,8 @@ class Pipeline:
             job.items += embedder.encode(texts, call.instruction, call.truncate or self._truncate, first=first)
             if len(job.items) == len(call.texts):
                 embedder.check_tokens(job.items)
-                self._density.observe(texts[-1], job.items[-1].original_tokens)
+                prompt = embedder.loaded.tokenizer.prompt_text(call.instruction)
+                self._density.observe(prompt, texts, sum(item.original_tokens for item in job.items[first:]))
         except F2rtError:
             with self._lock:
                 self._queue.turned_away()
