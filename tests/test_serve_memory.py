@@ -31,10 +31,14 @@ def block(size):
     ctypes.memset(found, 1, size)
     return found
 
+blocks = (ctypes.c_void_p * 100)()  # made here: a list that grows would leave a block of its own between the others
+
 def work():
     libc.free(block(30_000_000))
-    for found in [block(300_000) for _ in range(100)]:
-        libc.free(found)
+    for i in range(100):
+        blocks[i] = block(300_000)
+    for i in range(100):
+        libc.free(blocks[i])
 
 def round():
     thread = threading.Thread(target=work)
