@@ -6,6 +6,8 @@ import time
 from collections.abc import Sequence
 
 from runtime.embedder import Embedder
+from runtime.scheduler import plan
+from runtime.settings import Limits
 from runtime.tokenizer import Instruction, Truncate
 
 _BUDGETS = (256, 512, 1024, 2048, 4096)  # tokens of a batch, with padding
@@ -30,7 +32,6 @@ class RawEngine:
         if not self.texts:
             raise ValueError(f"{len(texts)} texts are no request of {per_request}")
         self._items = embedder.tokenize(self.texts, Instruction(prompt=""), Truncate.END)
-        self._items.sort(key=lambda item: len(item.ids))
         self.budget = max(_BUDGETS, key=lambda budget: self._rate(budget, seconds / len(_BUDGETS)))
 
     def texts_per_s(self, seconds: float) -> float:
@@ -38,17 +39,11 @@ class RawEngine:
         return self._rate(self.budget, seconds)
 
     def _rate(self, budget: int, seconds: float) -> float:
+        lengths = [len(item.ids) for item in self._items]
+        batches = plan(lengths, Limits(max_batch_tokens=budget, max_batch_rows=len(lengths)))
         start, passes = time.perf_counter(), 0
         while time.perf_counter() - start < seconds or not passes:
-            self._pass(budget)
+            for batch in batches:
+                self._embedder.infer_rows(self._items, batch)
             passes += 1
         return passes * len(self._items) / (time.perf_counter() - start)
-
-    def _pass(self, budget: int) -> None:
-        batch: list[int] = []
-        for row, item in enumerate(self._items):
-            if batch and (len(batch) + 1) * len(item.ids) > budget:
-                self._embedder.infer_rows(self._items, batch)
-                batch = []
-            batch.append(row)
-        self._embedder.infer_rows(self._items, batch)

@@ -1,0 +1,242 @@
+"""Overload, told from a burst: the queue is kept short, and who waits for an answer is no overload."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+
+import pytest
+
+from runtime.errors import DeadlineError, OverloadedError
+from runtime.overload import Pressure
+from runtime.scheduler import FairQueue, Ticket
+from runtime.settings import Limits, SchedulingSettings
+from tests.queues import drain, known, queue
+
+
+def test_a_request_whose_tokens_are_foreseen_is_refused_before_they_are_counted() -> None:
+    waiting = queue(cost=known(0.0, 1.0), max_wait_ms=1000)
+    waiting.check_door(0.0, tokens=10**6)  # nothing waits: it is as long as it is
+    waiting.admit(Ticket([950]), 0.0)
+    with pytest.raises(OverloadedError, match=r"the wait is 950 ms; the limit is 900 ms"):
+        waiting.check_door(0.0, tokens=2000)
+    waiting.check_door(0.0, tokens=100)  # a shorter one waits for its share only
+    waiting.check_door(0.0)  # of which nothing is known
+    waiting.check_door(0.0, tokens=100, deadline_s=0.2)
+    with pytest.raises(DeadlineError, match=r"would take 100 ms, and the deadline leaves 50 ms"):
+        waiting.check_door(0.0, tokens=100, deadline_s=0.05)
+    waiting.admit(Ticket([2000]), 0.0)  # the door is a little earlier than the limit itself
+    assert len(waiting) == 2
+
+
+def test_on_a_slow_engine_large_requests_get_in_after_small_ones() -> None:
+    """A burst may be eight requests long: what is refused at the door counts for how long these are."""
+    waiting = FairQueue(Limits(), SchedulingSettings(overload=1e9), known(0.0, 1.0))
+    for _ in range(50):
+        waiting.admit(Ticket([20]), 0.0)
+        waiting.next_batch(0.0)
+    waiting.admit(Ticket([4000]), 0.0, bounded=False)
+    for _ in range(30):
+        with contextlib.suppress(OverloadedError):
+            waiting.check_door(0.0, tokens=4000)
+            break
+    else:
+        pytest.fail("none of thirty was let in")
+
+
+def test_in_overload_requests_larger_than_a_batch_keep_the_engine_busy() -> None:
+    """Three batches of 100 tokens would be less than one request of 1,000."""
+    waiting = queue(Limits(max_batch_tokens=100), known(100.0, 1.0), standing_batches=3)
+    assert waiting.standing_wait_ms == pytest.approx(600, rel=0.01)
+    for _ in range(100):
+        waiting.admit(Ticket([100] * 10), 0.0)
+    assert waiting.standing_wait_ms == pytest.approx(3300, rel=0.01)
+
+
+def test_overload_keeps_the_queue_short_and_a_burst_does_not() -> None:
+    """Each request takes 10 ms; twice as many come as can be served. A burst of the same length is let in."""
+    settings = SchedulingSettings(max_wait_ms=5000, burst_ms=200, standing_batches=3, efficiency=0.5)
+    cost = known(0.1, 1.0)
+    waiting = FairQueue(Limits(max_batch_rows=1), settings, cost)
+    for _ in range(100):
+        waiting.check_door(0.0)
+        waiting.admit(Ticket([10]), 0.0)
+    assert len(waiting) == 100, "a burst"
+    refused, now_s = 0, 0.0
+    for turn in range(600):
+        now_s += 0.005
+        try:
+            waiting.check_door(now_s)
+            waiting.admit(Ticket([10]), now_s)
+        except OverloadedError:
+            refused += 1
+        if turn % 2:
+            waiting.next_batch(now_s)
+    assert refused > 200
+    assert waiting.wait_ms(10) <= waiting.standing_wait_ms + 2 * cost.batch_ms(10)
+
+
+@pytest.mark.parametrize("times", [1, 30])
+def test_a_queue_that_runs_empty_in_overload_lets_in_no_second_burst(times: int) -> None:
+    """Each request takes 16 ms, or 480; twice as many come, by chance, and so few may wait that at times none does."""
+    settings = SchedulingSettings(max_wait_ms=1000 * times, burst_ms=200, standing_batches=1)
+    line = FairQueue(Limits(), settings, known(0.5 * times, 0.01 * times))
+    chance = random.Random(0)
+    due_s = free_s = 0.0
+    waits, empty = [], 0
+    while due_s < 30 * times:
+        if len(line) and free_s <= due_s:
+            planned = line.next_batch(free_s)
+            assert planned is not None
+            free_s += 1e-3 * line.cost.batch_ms(planned.padded_tokens)
+            empty += free_s > 3 * times and not len(line)
+            continue
+        free_s = max(free_s, due_s)
+        with contextlib.suppress(OverloadedError):
+            line.check_door(due_s)
+            if due_s > 3 * times:  # the first burst is worked off
+                waits.append(line.wait_ms(1600))
+            line.admit(Ticket([chance.randint(50, 150) for _ in range(16)]), due_s)
+        due_s += chance.expovariate(2 / (0.016 * times))
+    assert empty > 20
+    assert max(waits) < 100 * times
+
+
+def overloaded() -> tuple[FairQueue, float]:
+    """Return a queue in overload, and the time: each request takes 10 ms, three times as many come."""
+    line = FairQueue(Limits(max_batch_rows=1), SchedulingSettings(max_wait_ms=1e9, standing_batches=1), known(0.0, 1.0))
+    now_s = 0.0
+    for turn in range(1000):
+        now_s = turn / 300
+        with contextlib.suppress(OverloadedError):
+            line.check_door(now_s)
+            line.admit(Ticket([10]), now_s)
+        if turn % 3 == 0:
+            line.next_batch(now_s)
+    assert line.is_overloaded
+    return line, now_s
+
+
+@pytest.mark.parametrize("golden", [False, True])
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_after_a_pause_a_burst_is_let_in_again(golden: bool, cancelled: bool) -> None:
+    """However the queue came to be empty, and though a golden check passes in between without asking at the door."""
+    line, now_s = overloaded()
+    if cancelled:
+        for _, _, ticket in list(line._heap):
+            line.cancel(ticket)
+    drain(line, now_s)
+    if golden:
+        line.admit(Ticket([10]), now_s + 3600, bounded=False)
+        drain(line, now_s + 3600)
+    for _ in range(100):
+        line.check_door(now_s + 3600.1)
+        line.admit(Ticket([10]), now_s + 3600.1)
+    line.check_door(now_s + 3600.2)
+
+
+def test_a_cancelled_request_leaves_no_load_behind() -> None:
+    line = FairQueue(Limits(max_batch_rows=1), SchedulingSettings(standing_batches=1), known(0.0, 1.0))
+    alone = Ticket([10])
+    line.check_door(0.0)
+    line.admit(alone, 0.0)
+    line.cancel(alone)
+    for _ in range(90):
+        line.check_door(3600.0)
+        line.admit(Ticket([10]), 3600.0)
+    for turn in range(50):
+        now_s = 3600 + 0.01 * turn
+        line.next_batch(now_s)
+        line.check_door(now_s)
+        line.admit(Ticket([10]), now_s)
+
+
+def test_a_fresh_queue_knows_what_eight_requests_are() -> None:
+    line = FairQueue(Limits(), SchedulingSettings(), known(0.0, 1.0))
+    for _ in range(9):
+        line.admit(Ticket([2000]), 0.0)
+    with pytest.raises(OverloadedError, match="the limit is 16000 ms"):
+        line.admit(Ticket([2000]), 0.0)
+
+
+@pytest.mark.parametrize(("token_ms", "limit_ms"), [(0.1, 1000), (20, 1600)])
+def test_a_slow_engine_lets_in_eight_requests_and_a_fast_one_a_second(token_ms: float, limit_ms: float) -> None:
+    line = FairQueue(Limits(), SchedulingSettings(overload=1e9), known(0.0, token_ms))
+    for _ in range(2000):
+        with contextlib.suppress(OverloadedError):
+            line.admit(Ticket([10]), 0.0)
+    assert line.most_wait_ms == pytest.approx(limit_ms, rel=0.01)
+    with pytest.raises(OverloadedError, match=f"the limit is {limit_ms} ms"):
+        line.admit(Ticket([10]), 0.0)
+
+
+@pytest.mark.parametrize("callers", [8, 64, 400])
+def test_callers_that_wait_for_their_answers_are_no_overload(callers: int) -> None:
+    """Each request takes 10 ms. All callers come at once and fill the queue; each answer lets one of them ask again."""
+    settings = SchedulingSettings(max_wait_ms=5000, burst_ms=200, standing_batches=1, efficiency=0.5)
+    waiting = FairQueue(Limits(max_batch_rows=1), settings, known(0.1, 1.0))
+    now_s = 0.0
+    for _ in range(callers):
+        waiting.check_door(now_s)
+        waiting.admit(Ticket([10]), now_s)
+    for _ in range(1000):
+        now_s += 0.01
+        assert waiting.next_batch(now_s) is not None
+        waiting.check_door(now_s)
+        waiting.admit(Ticket([10]), now_s)
+
+
+def test_what_is_turned_away_for_what_it_asks_is_no_overload() -> None:
+    """Three of four requests pass the door and are then found to be wrong: the engine has nothing to do with them."""
+    settings = SchedulingSettings(max_wait_ms=5000, burst_ms=200, standing_batches=1, efficiency=0.5)
+    waiting = FairQueue(Limits(max_batch_rows=1), settings, known(0.1, 1.0))
+    for turn in range(1000):
+        now_s = 0.01 * turn
+        waiting.check_door(now_s)
+        waiting.admit(Ticket([10]), now_s)
+        for _ in range(3):
+            waiting.check_door(now_s)
+            waiting.turned_away()
+        if turn >= 15:
+            assert waiting.next_batch(now_s) is not None
+
+
+def test_pressure_counts_the_latest_batches() -> None:
+    pressure = Pressure()
+
+    def batch(came: int, served: int) -> None:
+        for _ in range(came):
+            pressure.arrived()
+        for _ in range(served):
+            pressure.served()
+        pressure.batch()
+
+    batch(1000, 1)
+    assert pressure.ratio == 1.0, "too little is known"
+    for _ in range(100):
+        batch(3, 1)
+    assert pressure.ratio == pytest.approx(3, abs=0.1)
+    for _ in range(200):
+        batch(1, 1)
+    assert pressure.ratio < 1.0
+
+
+@pytest.mark.parametrize("callers", [100, 300, 400])
+def test_callers_that_come_back_in_crowds_are_no_overload(callers: int) -> None:
+    """Whoever got an answer asks again at once, all of a batch together; lengths, and so batches, differ."""
+    settings = SchedulingSettings(max_wait_ms=1e9, burst_ms=200, standing_batches=1)
+    line = FairQueue(Limits(), settings, known(10.0, 0.1))
+    lengths = random.Random(0)
+    now_s = 0.0
+
+    def come(count: int) -> None:
+        for _ in range(count):
+            line.check_door(now_s)
+            line.admit(Ticket([lengths.randint(4, 60)]), now_s)
+
+    come(callers)
+    for _ in range(400):
+        planned = line.next_batch(now_s)
+        assert planned is not None
+        now_s += 1e-3 * line.cost.batch_ms(planned.padded_tokens)
+        come(len(planned.rows))
