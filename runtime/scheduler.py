@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from runtime.cost import CostModel
 from runtime.errors import DeadlineError, InputError, OverloadedError
@@ -24,6 +25,10 @@ _CANDIDATE_ITEMS = 256  # looked at for one batch at most
 _LEARN = 0.1  # how fast the mean size of a request follows
 _BURST_MS, _BURST_REQUESTS = 1000.0, 8  # may wait, where no limit is set
 _AT_THE_DOOR = 0.9  # of what may wait: a request whose tokens are only foreseen is refused a little earlier
+# An idle engine takes a request that should miss its deadline now and then, or an estimate that is too high would stand
+# for good: what is refused teaches nothing. Not more often than this, for a small part of its time only, and only what
+# an engine that became so many times as fast would answer in time.
+_PROBE_S, _PROBE_TIMES, _PROBE_FASTER = 0.2, 4.0, 10.0
 _WASTE = 0.04  # of a batch that padding may be in any case
 
 Shape = Callable[[int, int], int]
@@ -67,6 +72,7 @@ class Ticket:
     number: int = 0
     waiting_tokens: int = 0  # of the items that are in no batch yet
     open: bool = False
+    probe: bool = False  # let in although it should miss its deadline, to learn whether it does
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,7 @@ class FairQueue:
         self._numbers = itertools.count()
         self._overload = Overload(settings.burst_ms, settings.overload)
         self._mean_tokens = 0.0  # of a request
+        self._busy_until_s = -math.inf  # when the latest batch should end
 
     def __len__(self) -> int:
         return self._tickets
@@ -134,11 +141,11 @@ class FairQueue:
             (self.tokens, settings.max_waiting_tokens, "tokens"),
         ):
             if waiting >= limit:
-                self._refuse(f"{waiting} {what} are waiting; the limit is {limit}")
+                self.refuse(f"{waiting} {what} are waiting; the limit is {limit}")
         if self.is_overloaded:
             wait_ms, standing_ms = self.wait_ms(int(self._mean_tokens)), self.standing_wait_ms
             if wait_ms > standing_ms:
-                self._refuse(
+                self.refuse(
                     f"{self._overload.ratio:.1f} times as many requests come as can be answered, and the wait is "
                     f"{wait_ms:.0f} ms; in overload the limit is {standing_ms:.0f} ms"
                 )
@@ -153,7 +160,7 @@ class FairQueue:
         self, wait_ms: float, most_ms: float, own_ms: float, deadline_s: float | None, now_s: float
     ) -> None:
         if wait_ms > most_ms:
-            self._refuse(f"the wait is {wait_ms:.0f} ms; the limit is {most_ms:.0f} ms")
+            self.refuse(f"the wait is {wait_ms:.0f} ms; the limit is {most_ms:.0f} ms")
         needed_ms = wait_ms + own_ms
         if deadline_s is not None and needed_ms > (left_ms := 1e3 * (deadline_s - now_s)):
             raise DeadlineError(
@@ -164,7 +171,7 @@ class FairQueue:
     def _check_requests(self) -> None:
         limit = self._settings.max_waiting_requests
         if self._tickets >= limit:
-            self._refuse(f"{self._tickets} requests are waiting; the limit is {limit}")
+            self.refuse(f"{self._tickets} requests are waiting; the limit is {limit}")
 
     def turned_away(self) -> None:
         """Take note that a request which passed the door was refused for what it asks, so that nobody serves it."""
@@ -240,9 +247,21 @@ class FairQueue:
             (self.items, count, settings.max_waiting_items, "texts"),
         ):
             if self._tickets and waiting + own > limit:
-                self._refuse(f"{waiting} {what} are waiting and this request has {own}; the limit is {limit}")
+                self.refuse(f"{waiting} {what} are waiting and this request has {own}; the limit is {limit}")
         own_ms = self.cost.batch_ms(tokens)
-        self._check_wait(self.wait_ms(tokens), self.most_wait_ms, own_ms, ticket.deadline_s, now_s)
+        try:
+            self._check_wait(self.wait_ms(tokens), self.most_wait_ms, own_ms, ticket.deadline_s, now_s)
+        except DeadlineError:
+            if not self._may_probe(ticket, own_ms, now_s):
+                raise
+            ticket.probe = True
+
+    def _may_probe(self, ticket: Ticket, own_ms: float, now_s: float) -> bool:
+        """Whether the engine has been idle for long enough to try a request that should take `own_ms`."""
+        idle_s = now_s - self._busy_until_s
+        if self._tickets or ticket.deadline_s is None or idle_s < max(_PROBE_S, _PROBE_TIMES * 1e-3 * own_ms):
+            return False
+        return _PROBE_FASTER * (ticket.deadline_s - now_s) > 1e-3 * own_ms
 
     def _learn_size(self, tokens: int) -> None:
         self._mean_tokens = self._mean_tokens or tokens
@@ -268,8 +287,8 @@ class FairQueue:
             self._take(ticket, indices)
         self._overload.batch()
         planned = Planned(chosen, max(ticket.lengths[index] for ticket, index in chosen))
-        # While the batch runs nothing can be served: a pause begins after it.
-        self._rest(now_s + 1e-3 * self.cost.batch_ms(self._shape(len(planned.rows), planned.width)))
+        self._busy_until_s = now_s + 1e-3 * self.cost.batch_ms(self._shape(len(planned.rows), planned.width))
+        self._rest(self._busy_until_s)  # while the batch runs nothing can be served: a pause begins after it
         return planned
 
     def _candidates(self, now_s: float) -> list[tuple[Ticket, int]]:
@@ -295,7 +314,7 @@ class FairQueue:
 
     def _least_ms(self, ticket: Ticket) -> float:
         """Return the time that what is left of a request takes when it has the engine to itself."""
-        return self.cost.batch_ms(ticket.waiting_tokens) if self.cost.observations else 0.0
+        return self.cost.batch_ms(ticket.waiting_tokens) if self.cost.observations and not ticket.probe else 0.0
 
     def _choose(self, candidates: list[tuple[Ticket, int]]) -> list[tuple[Ticket, int]]:
         """Return the most efficient batch that has the first candidate in it.
@@ -317,12 +336,12 @@ class FairQueue:
                 continue  # the last of equal lengths takes in the others
             for bottom in range(top, -1, -1):
                 count = top - bottom + 1
-                padded = count * width
+                padded, computed = count * width, self._shape(count, width)
                 real += lengths[bottom]
-                too_large = count > 1 and (count > rows or padded > budget)
+                too_large = count > 1 and (count > rows or computed > budget)
                 if too_large or padded - real > max(spare, _WASTE * padded):
                     break
-                score = real / (spare + self._shape(count, width))
+                score = real / (spare + computed)
                 if bottom <= head and score >= best_score:  # of equals the larger one
                     best, best_score = (bottom, top), score
         bottom, top = best
@@ -366,6 +385,7 @@ class FairQueue:
             self._virtual = 0.0
             self._overload.empty(now_s)
 
-    def _refuse(self, reason: str) -> None:
+    def refuse(self, reason: str) -> NoReturn:
+        """Raise OverloadedError for `reason`, with the time after which to come back."""
         retry_s = max(self.wait_ms(self.tokens) / 2e3, 0.05)
         raise OverloadedError(f"{reason}.", cure=f"Try again in {retry_s:.2g} s.", retry_after_s=retry_s)

@@ -82,7 +82,7 @@ class Server:
         except F2rtError as error:
             log.error("the keys stay as they were: %s", error)
         for model in self.models:
-            with contextlib.suppress(F2rtError):  # logged where it happened
+            with contextlib.suppress(Exception):  # logged where it happened
                 await model.reload()
 
     def _state_changed(self) -> None:

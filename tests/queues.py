@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from runtime.cost import CostModel
-from runtime.scheduler import FairQueue, Planned
+from runtime.scheduler import FairQueue, Planned, Shape
 from runtime.settings import Limits, SchedulingSettings
 
 
@@ -20,8 +20,12 @@ def known(fixed_ms: float, token_ms: float) -> CostModel:
     return cost
 
 
-def queue(limits: Limits = Limits(), cost: CostModel | None = None, **fields: Any) -> FairQueue:
-    return FairQueue(limits, patient(**fields), cost)
+def padded(rows: int, width: int) -> int:
+    return rows * width
+
+
+def queue(limits: Limits = Limits(), cost: CostModel | None = None, shape: Shape = padded, **fields: Any) -> FairQueue:
+    return FairQueue(limits, patient(**fields), cost, shape)
 
 
 def drain(waiting: FairQueue, now_s: float = 0.0) -> list[Planned]:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from runtime.engines.buckets import Bucket, computed_tokens
 from runtime.errors import DeadlineError, InputError, OverloadedError
 from runtime.scheduler import FairQueue, Ticket
 from runtime.settings import PRESETS, Limits
@@ -37,6 +38,24 @@ def test_each_item_is_served_once_and_no_budget_is_exceeded(
     served = sorted((tickets.index(t), i) for planned in batches for t, i in planned.rows)
     assert served == sorted((n, i) for n, lengths in enumerate(requests) for i in range(len(lengths)))
     assert (len(waiting), waiting.items, waiting.tokens) == (0, 0, 0)
+
+
+@given(st.lists(LENGTHS, max_size=12), LIMITS, COSTS, st.lists(st.integers(1, 64), min_size=1, max_size=3))
+def test_the_budget_counts_what_an_engine_with_profiles_computes(
+    requests: list[list[int]], limits: Limits, cost: tuple[float, float], rows: list[int]
+) -> None:
+    """A bucket's shape is larger than rows x width: so is the batch, and it has to keep within the budget."""
+    buckets = [Bucket(index, most, 64 * (index + 1)) for index, most in enumerate(rows)]
+
+    def shape(count: int, width: int) -> int:
+        return computed_tokens(buckets, count, width)
+
+    waiting = queue(limits, known(*cost), shape)
+    for lengths in requests:
+        waiting.admit(Ticket(lengths), 0)
+    budget = waiting.budget
+    for planned in drain(waiting):
+        assert len(planned.rows) == 1 or shape(len(planned.rows), planned.width) <= budget
 
 
 @given(st.data(), LIMITS, COSTS)
@@ -178,6 +197,8 @@ def test_a_batch_is_as_large_as_efficiency_needs() -> None:
 
 def test_deadlines_follow_the_cost() -> None:
     waiting = queue(cost=known(0.0, 10.0))
+    waiting.admit(Ticket([1]), 0)
+    assert waiting.next_batch(0)
     with pytest.raises(DeadlineError, match=r"would take 1000 ms, and the deadline leaves 900 ms"):
         waiting.admit(Ticket([100], deadline_s=0.9), 0)
     assert len(waiting) == 0
@@ -191,3 +212,49 @@ def test_deadlines_follow_the_cost() -> None:
 def test_an_item_without_tokens() -> None:
     with pytest.raises(InputError, match="no tokens"):
         queue().admit(Ticket([3, 0]), 0)
+
+
+def test_an_estimate_that_is_too_high_does_not_stand_for_good() -> None:
+    """The machine was slow and is fast again: callers in a hurry are answered again, though none of them was let in."""
+    true_ms, asked_s = 11.0, 0.05
+    cost = known(0.0, 5.0)
+    waiting = queue(cost=cost)
+    now_s, refused, answered = 0.0, 0, 0
+    while answered < 20:
+        now_s += asked_s
+        assert now_s < 60, f"still {cost.batch_ms(11):.0f} ms after {refused} refusals"
+        try:
+            waiting.admit(Ticket([11], deadline_s=now_s + 0.03), now_s)
+        except DeadlineError:
+            refused += 1
+            continue
+        assert waiting.next_batch(now_s)
+        cost.observe(11, true_ms)
+        answered += 1 if cost.batch_ms(11) < 30 else 0
+    assert refused > 10
+
+
+def test_only_an_idle_engine_tries_what_should_be_late() -> None:
+    waiting = queue(cost=known(0.0, 10.0))
+
+    def late(now_s: float, tokens: int = 20, left_s: float = 0.15) -> Ticket:
+        return Ticket([tokens], deadline_s=now_s + left_s)
+
+    waiting.admit(Ticket([20]), 0)
+    for when_s in (0.0, 0.1):  # something waits; then it runs until 0.3
+        with pytest.raises(DeadlineError):
+            waiting.admit(late(when_s), when_s)
+        waiting.next_batch(0.1)
+    with pytest.raises(DeadlineError):
+        waiting.admit(late(0.9), 0.9)  # four times its own time has to pass
+    with pytest.raises(DeadlineError):
+        waiting.admit(late(1.2, left_s=0.019), 1.2)  # ten times as fast, it would be late still
+    probe = late(1.2)
+    waiting.admit(probe, 1.2)
+    planned = waiting.next_batch(1.2)
+    assert planned is not None
+    assert planned.rows == [(probe, 0)]
+    with pytest.raises(DeadlineError):
+        waiting.admit(late(1.3), 1.3)
+    waiting.admit(late(3.0), 3.0)
+    assert waiting.next_batch(3.2) is None, "its time is over"

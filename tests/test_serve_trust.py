@@ -95,6 +95,23 @@ def test_an_engine_error_has_the_golden_texts_run_at_once(embedder: Embedder) ->
             client.embed(["a"])
 
 
+def test_what_nobody_foresaw_is_an_engine_error_and_the_watch_goes_on(bundle: Bundle) -> None:
+    engine, own = held(open_embedder(bundle), permits=100_000)
+    with InProcess(own, golden_period_s=0.05) as server, EmbeddingClient(server.grpc) as client:
+        engine.fault = MemoryError("secret internals")
+        wait_until(lambda: server.model.state == "failing")
+        assert "MemoryError" in server.model.problem
+        engine.fault = None
+        wait_until(lambda: server.model.state == "ready")
+        engine.fault, engine.fault_for = MemoryError("secret internals"), 777
+        with pytest.raises(EngineError, match="failed on a batch of 1 x 2: MemoryError") as told:
+            client.embed(token_ids=[[777, 5]])
+        assert "secret" not in str(told.value)
+        server.model.spec = replace(server.model.spec, bundle=str(bundle.folder))
+        client.reload()
+        client.embed(["a"])
+
+
 def test_one_bad_request_does_not_take_the_model_down(embedder: Embedder) -> None:
     engine, own = held(embedder, permits=100_000)
     with InProcess(own) as server, EmbeddingClient(server.grpc) as client:

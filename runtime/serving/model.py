@@ -185,9 +185,11 @@ class Model:
                 except BaseException:
                     await fresh.close()
                     raise
-            except F2rtError as error:
+            except Exception as error:
                 self._metrics.reloads.labels(self.name, "failed").inc()
-                log.error("reload of %s failed, %s answers on: %s", self.name, old.embedder.fingerprint, error)
+                unforeseen = None if isinstance(error, F2rtError) else error
+                fingerprint = old.embedder.fingerprint
+                log.error("reload of %s failed, %s answers on: %s", self.name, fingerprint, error, exc_info=unforeseen)
                 raise
             await self._watch.stop()
             with self._switching:

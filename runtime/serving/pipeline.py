@@ -12,6 +12,7 @@ Copies of a vector here: none for a request that has a batch to itself in its ow
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import queue
 import threading
@@ -32,13 +33,14 @@ from runtime.serving.call import EmbedCall, EmbedReply
 from runtime.serving.job import Job
 from runtime.serving.metrics import EngineMetrics
 from runtime.settings import SchedulingSettings
-from runtime.tokenizer import TokenizedText, Truncate
+from runtime.tokenizer import Instruction, TokenizedText, Truncate
 
 log = logging.getLogger("f2rt.pipeline")
 
 _WORKERS = 2  # threads that tokenize for coroutines
 _CHUNK_CHARS = 32_768  # tokenized at a time there: a long request does not keep a worker from short ones
 _CHUNK_TEXTS = 64
+_LONG_AT_A_TIME = 2  # texts of more than a chunk: while a million characters are tokenized they take 200 MiB
 
 Result = TypeVar("Result")
 Rows = Sequence[tuple[Job, int]]
@@ -64,9 +66,12 @@ class Pipeline:
         self._handed_over = threading.Condition(self._lock)
         self._company = threading.Condition(self._lock)
         self._queue = FairQueue(embedder.limits, scheduling, shape=self._shape)
+        self._most_open = scheduling.max_waiting_requests + embedder.limits.max_batch_rows
         self._density = Density()
+        self._long = threading.Semaphore(_LONG_AT_A_TIME)
         self._taken = False
         self._called = False  # for the engine's thread
+        self._running_ms = 0.0  # what the batch that runs should take
         self._open = 0
         self._idle: list[asyncio.Event] = []
         self._closed = False
@@ -82,6 +87,11 @@ class Pipeline:
     def waiting(self) -> tuple[int, int, int]:
         """Requests, items and tokens in the queue."""
         return len(self._queue), self._queue.items, self._queue.tokens
+
+    def foreseen_wait_s(self, items: Sequence[TokenizedText]) -> float:
+        """Return how long some items should wait for the batch that runs now and for what is in the queue."""
+        with self._lock:
+            return 1e-3 * (self._running_ms + self._queue.wait_ms(sum(len(item.ids) for item in items)))
 
     def learn(self, rows: int, width: int, seconds: float) -> None:
         """Take note of what a batch cost."""
@@ -117,11 +127,23 @@ class Pipeline:
         ended.acquire()
         job = Job(call, ended.release)
         begun(job)
-        self._tokenize(job, len(call.texts))
+        while len(job.items) < call.items and not job.abandoned:
+            self._tokenize(job, _chunk(call.texts, len(job.items)))
         if self._admit(job):
             self._lead(job)
         ended.acquire()
         return self._reply(job)
+
+    def tokenize(
+        self, texts: Sequence[str], instruction: Instruction, truncate: Truncate | None
+    ) -> list[TokenizedText]:
+        """Tokenize texts as a request's are, a part at a time, and no more. Raises InputError, NotFoundError."""
+        self.embedder.check_texts(texts, instruction)
+        items: list[TokenizedText] = []
+        while len(items) < len(texts):
+            part = texts[len(items) : len(items) + _chunk(texts, len(items))]
+            items += self._encode(part, instruction, truncate or self._truncate, len(items))
+        return self.embedder.check_tokens(items)
 
     def abandon(self, job: Job) -> None:
         """Drop what of a request is not computed yet: nobody waits for it."""
@@ -218,6 +240,9 @@ class Pipeline:
             prompt = self.embedder.loaded.tokenizer.prompt_text(call.instruction)
             tokens = self._density.tokens(prompt, call.texts, self.embedder.contract.max_tokens)
         with self._lock:
+            # Those that wait, those that run, and those that are tokenized or refused just now: each has a thread.
+            if self._open > self._most_open:
+                self._queue.refuse(f"{self._open - 1} requests are at work; the limit is {self._most_open}")
             self._queue.check_door(time.perf_counter(), tokens, call.deadline_s)
 
     def _reply(self, job: Job) -> EmbedReply:
@@ -240,7 +265,7 @@ class Pipeline:
             if not first:
                 embedder.check_texts(call.texts, call.instruction)
             texts = call.texts[first : first + most]
-            job.items += embedder.encode(texts, call.instruction, call.truncate or self._truncate, first=first)
+            job.items += self._encode(texts, call.instruction, call.truncate or self._truncate, first)
             if len(job.items) == len(call.texts):
                 embedder.check_tokens(job.items)
                 prompt = embedder.loaded.tokenizer.prompt_text(call.instruction)
@@ -249,6 +274,13 @@ class Pipeline:
             with self._lock:
                 self._queue.turned_away()
             raise
+
+    def _encode(
+        self, texts: Sequence[str], instruction: Instruction, truncate: Truncate, first: int
+    ) -> list[TokenizedText]:
+        is_long = sum(map(len, texts)) > _CHUNK_CHARS
+        with self._long if is_long else contextlib.nullcontext():
+            return self.embedder.encode(texts, instruction, truncate, first=first)
 
     def _tokenize_in_turns(self, job: Job) -> None:
         """Tokenize a part of a request, and go to the end of the line for the rest; then queue it."""
@@ -312,8 +344,11 @@ class Pipeline:
         with self._lock:
             planned = self._queue.next_batch(time.perf_counter())
             expired, self._queue.expired = self._queue.expired, []
+            self._running_ms = 0.0
             if planned is None:
                 self._taken = False
+            else:
+                self._running_ms = self._queue.cost.batch_ms(self._shape(len(planned.rows), planned.width))
         for ticket in expired:
             ticket.payload.end(
                 DeadlineError("the deadline would pass before the answer is ready.", cure="Allow more time.")
@@ -323,9 +358,8 @@ class Pipeline:
         jobs: Rows = [(ticket.payload, index) for ticket, index in planned.rows]
         try:
             self._run(planned, jobs)
-        except Exception as error:  # a fault of ours must not take the engine along with it
-            log.exception("a batch failed unexpectedly")
-            self._fail({job for job, _ in jobs}, error)
+        except Exception as error:  # noqa: BLE001  (a fault of ours must not take the engine along with it)
+            self._fail({job for job, _ in jobs}, self._unexpected(error, planned.width, len(jobs)))
         return True
 
     def _run(self, planned: Planned, jobs: Rows) -> None:
@@ -339,10 +373,24 @@ class Pipeline:
         self._deliver(jobs, vectors, took_s)
 
     def _infer(self, jobs: Rows) -> tuple[NDArray[np.float32], float]:
-        """Run some rows as one batch; returns their vectors and the seconds it took."""
-        batch = make_batch([job.items[index].ids for job, index in jobs], self.embedder.contract.pad_id)
-        began_s = time.perf_counter()
-        return self.embedder.run(batch), time.perf_counter() - began_s
+        """Run some rows as one batch; returns their vectors and the seconds it took. Raises EngineError."""
+        rows = [job.items[index].ids for job, index in jobs]
+        try:
+            batch = make_batch(rows, self.embedder.contract.pad_id)
+            began_s = time.perf_counter()
+            return self.embedder.run(batch), time.perf_counter() - began_s
+        except F2rtError:
+            raise
+        except Exception as error:
+            raise self._unexpected(error, max(map(len, rows)), len(rows)) from error
+
+    def _unexpected(self, error: Exception, width: int, rows: int) -> EngineError:
+        """Return what callers are told of an exception that nobody foresaw; the log has all of it."""
+        log.error("a batch of %d x %d failed unexpectedly", rows, width, exc_info=error)
+        return EngineError(
+            f"{self.embedder.loaded.engine.name} failed on a batch of {rows} x {width}: {type(error).__name__}.",
+            cure="The server's log has the details.",
+        )
 
     def _run_apart(self, planned: Planned, jobs: Rows, error: F2rtError) -> None:
         """Run each request's part of a failed batch by itself: only one that cannot be run fails."""

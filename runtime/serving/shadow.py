@@ -41,6 +41,7 @@ class Shadow:
         self._dropped = metrics.shadow_dropped.labels(model)
         self._chance = random.Random(0)  # which requests are looked at needs no secret
         self._busy: asyncio.Task[None] | None = None
+        self._closed = False
 
     def fits(self, bundle: Bundle) -> bool:
         """Whether engines of a bundle give this one ids that mean the same here, and vectors of the same length."""
@@ -49,7 +50,7 @@ class Shadow:
 
     def offer(self, reply: EmbedReply) -> None:
         """Maybe compare an answer that was just given."""
-        if self._chance.random() >= self._settings.share:
+        if self._closed or self._chance.random() >= self._settings.share:
             return
         if self._busy is not None and not self._busy.done():
             self._dropped.inc()
@@ -57,7 +58,8 @@ class Shadow:
         self._busy = asyncio.create_task(self._compare(reply))
 
     async def close(self) -> None:
-        """Drop what is being compared and free the engine."""
+        """Drop what is being compared and free the engine. What is offered from now on is left alone."""
+        self._closed = True
         if self._busy is not None:
             self._busy.cancel()
             await asyncio.gather(self._busy, return_exceptions=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import queue
 import threading
 import time
@@ -26,11 +27,14 @@ from runtime.serving.call import EmbedCall, EmbedReply
 from runtime.serving.models import Models, request_id
 from runtime.settings import ServeSettings
 from runtime.tokenizer import Instruction, TokenizedText, Truncate
-from runtime.wire.grpc_calls import Calls, details, dropped_with, header, unreadable
+from runtime.wire.grpc_calls import UNEXPECTED, Calls, details, dropped_with, header, unreadable
+
+log = logging.getLogger("f2rt.grpc")
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["EmbeddingService"].full_name
 ADMIN_NAME = pb.DESCRIPTOR.services_by_name["AdminService"].full_name
 
+MOST_STREAMS = 256  # open at a time: each has threads of its own
 _STREAM_WINDOW = 8  # requests of one stream that are worked on at a time
 _TRUNCATE = {
     pb.TRUNCATE_ERROR: Truncate.ERROR,
@@ -56,6 +60,7 @@ class EmbeddingService:
         self._settings = settings
         self._keys = keys
         self._loop = asyncio.get_running_loop()
+        self._streams = threading.BoundedSemaphore(MOST_STREAMS)
 
     def handlers(self, calls: Calls) -> list[Any]:
         """Return the generic handlers of both services."""
@@ -86,9 +91,32 @@ class EmbeddingService:
 
     def embed_stream(self, requests: Iterator[Any], context: Any) -> Iterator[pb.EmbedStreamResponse]:
         """Answer a stream of requests in their order. What fails is told in its place, and the stream goes on."""
+        if not self._streams.acquire(blocking=False):
+            raise OverloadedError(
+                f"{MOST_STREAMS} streams are open, and the server takes no more.",
+                cure="Ask again in a second, or send single requests.",
+                retry_after_s=1.0,
+            )
+        try:
+            yield from self._answers(requests, context)
+        finally:
+            self._streams.release()
+
+    def _answers(self, requests: Iterator[Any], context: Any) -> Iterator[pb.EmbedStreamResponse]:
         answers: queue.Queue[Future[pb.EmbedStreamResponse] | None] = queue.Queue(_STREAM_WINDOW)
         ended = threading.Event()
-        context.add_callback(ended.set)
+
+        def over() -> None:
+            ended.set()
+            while True:  # whoever waits for an answer is woken, or its thread would be gone for good
+                with contextlib.suppress(queue.Full):
+                    answers.put_nowait(None)
+                    return
+                with contextlib.suppress(queue.Empty):
+                    answers.get_nowait()
+
+        if not context.add_callback(over):  # it ended before it began
+            return
 
         def put(answer: Future[pb.EmbedStreamResponse] | None) -> None:
             while not ended.is_set():  # nobody takes any more once the call is over
@@ -113,25 +141,27 @@ class EmbeddingService:
                 raise unreadable(request)
             return pb.EmbedStreamResponse(response=self.embed(request, context))
         except F2rtError as error:
-            given = "" if isinstance(request, DecodeError) else request.request_id
+            self._models.refused(error, "grpc")
             retry_s = error.retry_after_s if isinstance(error, OverloadedError) else 0.0
-            code = grpc.StatusCode[status_of(error).grpc].value[0]
-            told = pb.StreamError(code=code, message=details(error), request_id=given, retry_after_s=retry_s)
-            return pb.EmbedStreamResponse(error=told)
+            code, message = grpc.StatusCode[status_of(error).grpc], details(error)
+        except Exception:
+            log.exception("unexpected error in a stream")
+            code, message, retry_s = grpc.StatusCode.INTERNAL, UNEXPECTED, 0.0
+        given = "" if isinstance(request, DecodeError) else request.request_id
+        told = pb.StreamError(code=code.value[0], message=message, request_id=given, retry_after_s=retry_s)
+        return pb.EmbedStreamResponse(error=told)
 
     def explain(self, request: pb.ExplainRequest, context: Any) -> pb.ExplainResponse:
         """Tokenize only, and show what the engine would see."""
         model = self._models.get(request.model)
-        model.check_answers()
-        embedder = model.embedder
         call = _call(pb.EmbedRequest(input=request.input), None)
-        call.check(embedder.limits.max_items)
-        truncate = call.truncate or self._settings.truncate
-
-        if call.token_ids:
-            items = embedder.verbatim(call.token_ids)
-        else:
-            items = embedder.tokenize(call.texts, call.instruction, truncate)
+        with model.entered() as pipeline:
+            embedder = pipeline.embedder
+            call.check(embedder.limits.max_items)
+            if call.token_ids:
+                items = embedder.verbatim(call.token_ids)
+            else:
+                items = pipeline.tokenize(call.texts, call.instruction, call.truncate)
         spell = embedder.loaded.tokenizer.spell
         return pb.ExplainResponse(
             items=[_explanation(item, spell(item.ids)) for item in items], fingerprint=embedder.fingerprint
@@ -171,12 +201,13 @@ class EmbeddingService:
         )
 
     def reload(self, request: pb.ReloadRequest, context: Any) -> pb.ReloadResponse:
-        """Switch a model to its bundle as it is now on disk."""
+        """Read the keys again, and switch a model to its bundle as it is now on disk."""
         if not self._keys.required and not _is_local(context.peer()):
             raise AccessError(
                 "without API keys a reload is taken from this machine only.",
                 cure="Serve with --keys-file, or use SIGHUP.",
             )
+        self._keys.reload()
         reloading = self._models.get(request.model).reload(request.engine or None)
         done = asyncio.run_coroutine_threadsafe(reloading, self._loop).result()
         return pb.ReloadResponse(

@@ -26,6 +26,8 @@ log = logging.getLogger("f2rt.grpc")
 # Details travel in a trailer, which gRPC drops above 8 KiB, and percent-encoded: up to 12 bytes a character.
 _MAX_MESSAGE_CHARS = 400
 
+UNEXPECTED = "an unexpected error; the server's log has the details."  # a caller learns no internals
+
 Unary = Callable[[Any, Any], Any]
 Stream = Callable[[Iterator[Any], Any], Iterator[Any]]
 
@@ -84,7 +86,13 @@ class Calls:
                 self._check_key(context)
                 yield from behavior(messages, context)
             except F2rtError as error:
-                abort(context, error)
+                failure: Exception = error
+            except Exception as error:
+                log.exception("unexpected error in %s", behavior.__name__)
+                failure = error
+            else:
+                return
+            abort(context, failure)
 
         return grpc.stream_stream_rpc_method_handler(answer, _parser(request), response.SerializeToString)
 
@@ -131,7 +139,7 @@ def dropped_with(context: Any) -> Callable[[Job, Pipeline], None]:
 def abort(context: Any, error: Exception) -> NoReturn:
     """End a call with an error's status; overload says in a RetryInfo when to come back. Raises."""
     if not isinstance(error, F2rtError):
-        context.abort(grpc.StatusCode.INTERNAL, "an unexpected error; the server's log has the details.")
+        context.abort(grpc.StatusCode.INTERNAL, UNEXPECTED)
         raise AssertionError("abort raises")
     status = status_of(error)
     if status.http == 500:

@@ -20,7 +20,7 @@ from runtime.wire.grpc_calls import Calls
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
-_SPARE = 32  # threads for those who are refused, for health and for Info, while every request waits on one
+_SPARE = 32  # threads for those who are refused, for health and for Info, while every request and stream has one
 _FLUSH_S = 0.2  # for the last bytes of what was answered
 _IDLE_MS = 30 * 60 * 1000
 _KEEPALIVE_MS = 60 * 1000
@@ -36,7 +36,7 @@ class GrpcServer:
         self._calls = Calls(keys, models.refused)
         self._health = _Health(experimental_non_blocking=True, experimental_thread_pool=ThreadPoolExecutor(1))
         self._server = grpc.server(
-            ThreadPoolExecutor(settings.scheduling.max_waiting_requests + _SPARE, thread_name_prefix="f2rt-grpc"),
+            ThreadPoolExecutor(_threads(models, settings), thread_name_prefix="f2rt-grpc"),
             options=[
                 ("grpc.max_receive_message_length", settings.max_message_bytes),
                 ("grpc.max_send_message_length", -1),
@@ -98,6 +98,15 @@ class GrpcServer:
     def stop(self) -> None:
         """Stop. What is still open is over its time, or a stream that never ends by itself, such as a health Watch."""
         self._server.stop(_FLUSH_S).wait()
+
+
+def _threads(models: Models, settings: ServeSettings) -> int:
+    """Return how many threads calls may need at most: they are started when they are needed.
+
+    As many requests as a pipeline lets in, for each model and one more, since a reload leaves the old one its calls.
+    """
+    one = settings.scheduling.max_waiting_requests + settings.limits.max_batch_rows
+    return one * (len(list(models)) + 1) + f2rt_v1.MOST_STREAMS + _SPARE
 
 
 class _Health(health.HealthServicer):  # type: ignore[misc]
