@@ -12,7 +12,7 @@ import pytest
 from filelock import FileLock
 
 from bench.stock_export import export_stock
-from calibration.texts import calibration_texts, verification_texts
+from calibration.texts import Text, calibration_texts, verification_texts
 from export.checkpoint import Checkpoint
 from export.hub import locate
 from export.pipeline import export_bundle
@@ -79,6 +79,16 @@ def checkpoint(mini: Path) -> Checkpoint:
 @pytest.fixture(scope="session")
 def reference(mini: Path) -> Reference:
     return Reference(locate(str(mini)))
+
+
+@pytest.fixture(scope="session")
+def verification() -> list[Text]:
+    return verification_texts()
+
+
+@pytest.fixture(scope="session")
+def calibration() -> list[Text]:
+    return calibration_texts()
 
 
 @pytest.fixture(scope="session")
