@@ -17,7 +17,7 @@ from export.checkpoint import Checkpoint
 from export.cli import app
 from export.foreign import open_foreign
 from runtime.errors import CheckpointError, InputError
-from tests.test_export_foreign import Stock, adopt, edited, node
+from tests.foreign import Stock, adopt, edited, node
 
 Change = Callable[[ir.Model], None]
 

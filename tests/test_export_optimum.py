@@ -15,7 +15,7 @@ from export.precision import Precision
 from export.profiles import Profile
 from export.reference import Reference
 from runtime.errors import EngineError, InputError
-from tests.test_export_foreign import adopt
+from tests.foreign import adopt
 
 pytestmark = pytest.mark.skipif(
     not STAMP.is_file(), reason="no environment with optimum-onnx here; `make optimum-check` creates .venv-optimum"
