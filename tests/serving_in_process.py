@@ -25,12 +25,14 @@ from runtime.server import Server
 from runtime.serving.metrics import Metrics
 from runtime.serving.model import Model, Proven
 from runtime.serving.models import Models
-from runtime.settings import EngineSettings, Limits, ModelSettings, ServeSettings
+from runtime.settings import EngineSettings, Limits, ModelSettings, SchedulingSettings, ServeSettings
 from tests.serving import START_S
 
 Result = TypeVar("Result")
 BIG = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
 NEVER_S = 1e6
+# Batches of one row: what is served when can be read from the engine's list.
+ROW_BY_ROW = Limits(max_batch_rows=1)
 
 
 class HeldEngine:
@@ -159,3 +161,11 @@ class InProcess:
         """Return a metric's value, with everything answered so far; 0 when it was never counted."""
         self.models.expose()
         return self.models.metrics.registry.get_sample_value(name, labels) or 0.0
+
+
+def wait_queued(server: InProcess, requests: int) -> None:
+    wait_until(lambda: server.model.pipeline.waiting[0] >= requests)
+
+
+def scheduling(**fields: Any) -> SchedulingSettings:
+    return SchedulingSettings(**{"max_wait_ms": 1e9, "overload": 1e9, **fields})
