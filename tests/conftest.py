@@ -6,7 +6,9 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import grpc
 import httpx
 import pytest
 from filelock import FileLock
@@ -19,10 +21,13 @@ from export.pipeline import export_bundle
 from export.precision import Precision
 from export.prove import prove_bundle
 from export.reference import Reference
+from runtime._pb.f2rt.v1 import embedding_pb2_grpc as pb_grpc
 from runtime.bundle import Bundle, open_bundle
+from runtime.client import EmbeddingClient
 from runtime.embedder import Embedder, open_embedder
 from tests.http_client import client_of
-from tests.serving_in_process import InProcess
+from tests.serving import ServerProcess
+from tests.serving_in_process import BIG, InProcess
 
 ROOT = Path(__file__).resolve().parent.parent
 Shared = Callable[[str, Callable[[Path], object]], Path]
@@ -108,6 +113,31 @@ def embedder(bundle: Bundle) -> Iterator[Embedder]:
     opened = open_embedder(bundle)
     yield opened
     opened.close()
+
+
+@pytest.fixture(scope="session")
+def server(bundle: Bundle) -> Iterator[ServerProcess]:
+    """A server in a process of its own, one for all files of a worker: it is asked, and never told to change."""
+    with ServerProcess(bundle.folder) as running:
+        yield running
+        assert running.process.poll() is None, "the server died:\n" + "\n".join(running.log)
+
+
+@pytest.fixture(scope="module")
+def client(server: ServerProcess) -> Iterator[EmbeddingClient]:
+    with server.client() as opened:
+        yield opened
+
+
+@pytest.fixture
+def channel(server: ServerProcess) -> Iterator[grpc.Channel]:
+    with grpc.insecure_channel(server.address, options=BIG) as opened:
+        yield opened
+
+
+@pytest.fixture
+def stub(channel: grpc.Channel) -> Any:
+    return pb_grpc.EmbeddingServiceStub(channel)  # type: ignore[no-untyped-call]
 
 
 @pytest.fixture(scope="module")

@@ -42,12 +42,6 @@ def other(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 @pytest.fixture(scope="module")
-def server(bundle: Bundle) -> Iterator[ServerProcess]:
-    with ServerProcess(bundle.folder) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
     path.write_bytes(write_lines(TEXTS))

@@ -5,14 +5,13 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
-import pytest
 
 import runtime
 from runtime.bundle import MANIFEST, Bundle
@@ -20,12 +19,6 @@ from runtime.embedder import Embedder
 from tests.serving import ServerProcess, f2rt
 
 TEXTS = ["Where is the library?", "图书馆在哪里？", "a"]
-
-
-@pytest.fixture(scope="module")
-def server(bundle: Bundle) -> Iterator[ServerProcess]:
-    with ServerProcess(bundle.folder) as running:
-        yield running
 
 
 def ok(*arguments: str, **options: Any) -> bytes:

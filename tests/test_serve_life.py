@@ -6,7 +6,6 @@ import re
 import signal
 import socket
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -28,12 +27,6 @@ from runtime.wire.f2rt_v1 import SERVICE_NAME
 from tests.serving import LONG, SERVING, START_S, TEXTS, ServerProcess, f2rt, failure, wait_until_busy
 
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
-
-
-@pytest.fixture(scope="module")
-def server(bundle: Bundle) -> Iterator[ServerProcess]:
-    with ServerProcess(bundle.folder) as running:
-        yield running
 
 
 def test_sigterm_finishes_what_was_admitted_and_refuses_the_rest(bundle: Bundle, embedder: Embedder) -> None:
