@@ -10,8 +10,11 @@ from typing import Any
 
 import grpc
 import httpx
+import numpy as np
+import onnxruntime
 import pytest
 from filelock import FileLock
+from numpy.typing import NDArray
 
 from bench.stock_export import export_stock
 from calibration.texts import Text, calibration_texts, verification_texts
@@ -25,6 +28,7 @@ from runtime._pb.f2rt.v1 import embedding_pb2_grpc as pb_grpc
 from runtime.bundle import Bundle, open_bundle
 from runtime.client import EmbeddingClient
 from runtime.embedder import Embedder, open_embedder
+from tests.fake_device import Model
 from tests.http_client import client_of
 from tests.serving import ServerProcess
 from tests.serving_in_process import BIG, InProcess
@@ -64,6 +68,12 @@ def f2rt_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("F2RT_CACHE", str(folder))
         yield folder
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache of the test's own, and an empty one."""
+    monkeypatch.setenv("F2RT_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="session")
@@ -106,6 +116,17 @@ def bundle(checkpoint: Checkpoint, shared: Shared) -> Bundle:
         assert prove_bundle(folder / "mini", texts).verdict == "pass"
 
     return open_bundle(shared("bundle", make) / "mini")
+
+
+@pytest.fixture(scope="session")
+def graph(bundle: Bundle) -> Model:
+    """The bundled checkpoint's fp32 graph in ONNX Runtime: what the double computes."""
+    session = onnxruntime.InferenceSession(str(bundle.path("graphs/fp32.onnx")), providers=["CPUExecutionProvider"])
+
+    def run(ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
+        return np.asarray(session.run(["sentence_embedding"], {"input_ids": ids, "attention_mask": mask})[0])
+
+    return run
 
 
 @pytest.fixture(scope="module")
