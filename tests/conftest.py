@@ -32,6 +32,7 @@ from tests.fake_device import Model
 from tests.http_client import client_of
 from tests.serving import ServerProcess
 from tests.serving_in_process import BIG, InProcess
+from tests.tiny import write_tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 Shared = Callable[[str, Callable[[Path], object]], Path]
@@ -194,6 +195,33 @@ def narrow_bundle(checkpoint: Checkpoint, shared: Shared) -> Bundle:
             export_bundle(checkpoint, folder / "mini", precisions, calibration=texts)
 
     return open_bundle(shared("narrow", make) / "mini")
+
+
+@pytest.fixture(scope="session")
+def int8_bundle(checkpoint: Checkpoint, shared: Shared) -> Bundle:
+    """A bundle with fp32 and int8 engines, proven on a few texts. Read only."""
+
+    def make(folder: Path) -> None:
+        calibration = [t for t in calibration_texts() if len(t.text) < 300][::20]
+        export_bundle(checkpoint, folder / "mini", [Precision.FP32, Precision.INT8], calibration=calibration)
+        texts = [t for t in verification_texts() if len(t.text) < 300][::48]
+        assert prove_bundle(folder / "mini", texts).verdict == "pass"
+
+    return open_bundle(shared("int8", make) / "mini")
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(shared: Shared) -> Bundle:
+    """A bundle of 16 dimensions and 256 tokens. Read only."""
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        checkpoint = Checkpoint.open(locate(str(write_tiny(folder / "checkpoint"))))
+        export_bundle(checkpoint, folder / "bundle", [Precision.FP32])
+        texts = [t for t in verification_texts() if len(t.text) < 300][::48]
+        assert prove_bundle(folder / "bundle", texts).verdict == "pass"
+
+    return open_bundle(shared("tiny", make) / "bundle")
 
 
 @pytest.fixture
