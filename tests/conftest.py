@@ -17,7 +17,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from bench.stock_export import export_stock
-from calibration.texts import Text, calibration_texts, verification_texts
+from calibration.texts import Text, calibration_texts, verification_texts, write_lines
 from export.checkpoint import Checkpoint
 from export.hub import locate
 from export.pipeline import export_bundle
@@ -30,6 +30,7 @@ from runtime.client import EmbeddingClient
 from runtime.embedder import Embedder, open_embedder
 from tests.fake_device import Model
 from tests.http_client import client_of
+from tests.project import ALL, SAME, Project
 from tests.serving import ServerProcess
 from tests.serving_in_process import BIG, InProcess
 from tests.tiny import write_tiny
@@ -227,6 +228,26 @@ def tiny_bundle(shared: Shared) -> Bundle:
 @pytest.fixture
 def narrow_copy(narrow_bundle: Bundle, tmp_path: Path) -> Bundle:
     return open_bundle(Path(shutil.copytree(narrow_bundle.folder, tmp_path / "bundle")))
+
+
+@pytest.fixture
+def project(shared: Shared, tmp_path: Path) -> Project:
+    """A copy of a tiny project whose bundle was made and given verdicts."""
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        write_tiny(folder / "checkpoint")
+        project = Project(folder)
+        project.texts.write_bytes(write_lines(calibration_texts()[:20]))
+        found = project.export()
+        assert found == dict.fromkeys(ALL, ("wrote", "the bundle is new"))
+
+    shutil.copytree(shared("project", make), tmp_path / "p")
+    project = Project(tmp_path / "p")
+    # The manifest names the checkpoint's folder.
+    assert project.export() == dict.fromkeys(ALL, ("kept", SAME))
+    project.prove()
+    return project
 
 
 @pytest.fixture(scope="session")

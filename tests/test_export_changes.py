@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from calibration.texts import calibration_texts, texts_sha256, verification_texts, write_lines
-from export import cache
 from export.build import add_engine
-from export.cache import cached_sha256
 from export.changes import difference
 from export.checkpoint import Checkpoint
 from export.cli import app
@@ -30,126 +24,26 @@ from export.int8 import QuantizationPlan
 from export.precision import Precision
 from export.profiles import Profile
 from export.rescale import RescalePlan
-from runtime.bundle import Bundle, EngineRecord, ParityRecord, open_bundle, write_manifest
+from runtime.bundle import Bundle, EngineRecord
 from runtime.files import sha256_file
+from tests.project import (
+    ALL,
+    BF16,
+    FP16,
+    FP32,
+    SAME,
+    Project,
+    change_card,
+    change_config_for_others,
+    change_prompt,
+    change_texts,
+    change_theta,
+    change_tokenizer,
+    change_weight,
+    shorten,
+    state,
+)
 from tests.tiny import write_tiny
-
-FP32, FP16, BF16 = "graphs/fp32.onnx", "graphs/fp16.onnx", "graphs/bf16.onnx"
-ALL = {FP32, FP16, BF16}
-SAME = "nothing it depends on has changed"
-VERDICT = ParityRecord("pass", "", "texts", 1, 1.0, 1.0, 0.0, "report", "2026-01-01T00:00:00+00:00")
-
-
-class Project:
-    """A checkpoint, calibration texts and the bundle made from them; the export is the command itself."""
-
-    def __init__(self, folder: Path) -> None:
-        self.checkpoint = folder / "checkpoint"
-        self.texts = folder / "texts.jsonl"
-        self.folder = folder / "bundle"
-        self.precisions = "fp32,fp16,bf16"
-        self.options: list[str] = []
-
-    def export(self) -> dict[str, tuple[str, str]]:
-        """Run the command; return per graph or engine file what became of it ("kept", "wrote", "dropped") and why."""
-        command = ["export", str(self.checkpoint), "--out", str(self.folder), "--precision", self.precisions]
-        if self.texts.exists():
-            command += ["--calibration", str(self.texts)]
-        done = CliRunner().invoke(app, command + self.options)
-        assert done.exit_code == 0, done.output
-        found = {}
-        for line in done.output.splitlines():
-            verb, _, rest = line.partition(" ")
-            if verb in ("kept", "wrote", "dropped"):
-                file, _, reason = rest.removeprefix(f"{self.folder}/").partition(": ")
-                found[file.partition(" (")[0]] = (verb, reason)
-        return found
-
-    @property
-    def bundle(self) -> Bundle:
-        return open_bundle(self.folder)
-
-    def prove(self) -> None:
-        """Give every engine a verdict, as parity would: what a verdict takes to be kept is what is tested here."""
-        bundle = self.bundle
-        engines = [replace(e, parity=replace(VERDICT, fingerprint=e.fingerprint)) for e in bundle.manifest.engines]
-        (self.folder / "parity").mkdir(exist_ok=True)
-        (self.folder / "parity/report.json").write_text("{}")
-        write_manifest(self.folder, replace(bundle.manifest, engines=engines))
-
-    def verdicts(self) -> dict[str, bool]:
-        return {e.full_name: e.parity is not None for e in self.bundle.manifest.engines}
-
-    def edit_json(self, file: str, **values: object) -> None:
-        path = self.checkpoint / file
-        path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | values), encoding="utf-8")
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("template")
-    write_tiny(folder / "checkpoint")
-    project = Project(folder)
-    project.texts.write_bytes(write_lines(calibration_texts()[:20]))
-    found = project.export()
-    assert found == dict.fromkeys(ALL, ("wrote", "the bundle is new"))
-    return folder
-
-
-@pytest.fixture
-def project(template: Path, tmp_path: Path) -> Project:
-    shutil.copytree(template, tmp_path / "p")
-    project = Project(tmp_path / "p")
-    # The manifest names the checkpoint's folder.
-    assert project.export() == dict.fromkeys(ALL, ("kept", SAME))
-    project.prove()
-    return project
-
-
-def state(folder: Path) -> dict[str, tuple[int, int, int]]:
-    """Return inode and times of the folder and everything in it."""
-    found = {str(p): p.stat() for p in [folder, *folder.rglob("*")]}
-    return {name: (s.st_ino, s.st_mtime_ns, s.st_ctime_ns) for name, s in found.items()}
-
-
-def change_weight(project: Project) -> None:
-    path = project.checkpoint / "model.safetensors"
-    tensors = {key: np.array(value) for key, value in load_file(path).items()}
-    tensors["layers.1.mlp.up_proj.weight"][0, 0] += 1
-    save_file(tensors, path, metadata={"format": "pt"})
-
-
-def change_texts(project: Project) -> None:
-    project.texts.write_bytes(write_lines(calibration_texts()[:21]))
-
-
-def change_tokenizer(project: Project) -> None:
-    path = project.checkpoint / "tokenizer.json"
-    path.write_text(path.read_text(encoding="utf-8") + "\n", encoding="utf-8")
-
-
-def change_prompt(project: Project) -> None:
-    project.edit_json("config_sentence_transformers.json", prompts={"query": "Q: ", "document": ""})
-
-
-def shorten(project: Project) -> None:
-    project.edit_json("sentence_bert_config.json", max_seq_length=100)
-
-
-def change_theta(project: Project) -> None:
-    path = project.checkpoint / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    text = json.dumps(config).replace(json.dumps(1e6), json.dumps(2e6))
-    assert "2000000.0" in text
-    path.write_text(text, encoding="utf-8")
-
-
-def change_config_for_others(project: Project) -> None:
-    project.edit_json("config.json", _name_or_path="somewhere")
-
-
-def change_card(project: Project) -> None:
-    (project.checkpoint / "README.md").write_text("---\nlicense: mit\n---\n", encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -223,68 +117,6 @@ def test_precisions_come_and_go(project: Project) -> None:
         "fp16.onnx.data",
         "fp16.plan.npz",
     ]
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def flip(path: Path) -> None:
-    """Change one byte and nothing that is cheap to see: the size and the time of the last change stay."""
-    times = path.stat()
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-
-
-@pytest.mark.parametrize("file", [FP16, f"{FP16}.data"])
-@pytest.mark.parametrize(
-    ("damage", "words"),
-    [(cut, "was changed"), (flip, "was changed"), (Path.unlink, "is missing")],
-    ids=["cut", "flip", "unlink"],
-)
-def test_damaged_graph_is_written_again(
-    project: Project, file: str, damage: Callable[[Path], None], words: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cache, "_SETTLED_NS", -(10**18))  # even where every hash was kept
-    project.export()
-    damage(project.folder / file)
-    found = project.export()
-    assert found == {FP32: ("kept", SAME), BF16: ("kept", SAME), FP16: ("wrote", f"{file} {words}")}
-    assert set(project.verdicts().values()) == {True}  # the same bytes are there again
-
-
-@pytest.mark.parametrize("file", ["tokenizer.json", "golden.npz"])
-def test_other_damage_is_repaired(project: Project, file: str) -> None:
-    (project.folder / "golden.npz").write_bytes(b"x")
-    bundle = project.bundle
-    from runtime.bundle import record_file
-
-    write_manifest(project.folder, replace(bundle.manifest, golden=record_file(project.folder, "golden.npz")))
-    project.export()
-    assert project.bundle.manifest.golden is not None
-    flip(project.folder / file)
-    assert project.export() == dict.fromkeys(ALL, ("kept", SAME))
-    after = project.bundle
-    assert sha256_file(after.path("tokenizer.json")) == sha256_file(project.checkpoint / "tokenizer.json")
-    assert (after.manifest.golden is None) == (file == "golden.npz")
-
-
-@pytest.mark.parametrize("text", ["{", '{"schema_version": 999}'], ids=["damaged", "newer"])
-def test_old_manifest_that_cannot_be_read(project: Project, text: str) -> None:
-    (project.folder / "manifest.json").write_text(text)
-    found = project.export()
-    assert {verb for verb, _ in found.values()} == {"wrote"}
-    assert all("the old bundle cannot be used: " in reason for _, reason in found.values())
-
-
-def test_bundle_of_an_earlier_version_says_nothing_of_its_inputs(project: Project) -> None:
-    manifest = project.bundle.manifest
-    write_manifest(project.folder, replace(manifest, graphs=[replace(g, inputs={}) for g in manifest.graphs]))
-    reason = "the old bundle does not say what it was made from"
-    assert project.export() == dict.fromkeys(ALL, ("wrote", reason))
-    assert set(project.verdicts().values()) == {True}  # the bytes came out the same
 
 
 def test_another_version_of_f2rt_keeps_graphs_that_it_would_write_the_same(
@@ -411,19 +243,6 @@ def test_compiled_engines_outlive_what_does_not_concern_them(mini: Path, tmp_pat
     assert project.export()[built.file] == ("dropped", "fp16 was not asked for")
 
 
-def test_where_the_file_system_has_no_links_files_are_copied(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(95, "Operation not supported")
-
-    monkeypatch.setattr(os, "link", refuse)
-    change_texts(project)
-    before = (project.folder / f"{FP32}.data").stat().st_ino
-    assert project.export()[FP32] == ("kept", SAME)
-    after = project.bundle
-    assert after.path(f"{FP32}.data").stat().st_ino != before
-    assert sha256_file(after.path(f"{FP32}.data")) == after.graph("fp32").data.sha256
-
-
 def test_calibration_is_read_once_for_all(project: Project) -> None:
     """A user's file of the shipped texts is the same calibration: it is the texts that count, not their file."""
     project.texts.write_bytes(write_lines(calibration_texts()))
@@ -438,28 +257,3 @@ def test_calibration_is_read_once_for_all(project: Project) -> None:
     )
     assert done.exit_code == 2
     assert state(project.folder) == before
-
-
-def test_hash_is_taken_from_the_cache_only_while_the_file_is_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("F2RT_CACHE", str(tmp_path / "cache"))
-    file = tmp_path / "file"
-    file.write_bytes(b"one")
-    first = cached_sha256(file)
-    assert first == sha256_file(file)
-    assert not (tmp_path / "cache").exists()  # too young: its times could not show another change
-    monkeypatch.setattr(cache, "_SETTLED_NS", -(10**18))
-    cached_sha256(file)
-    (entry,) = (tmp_path / "cache/hashes").iterdir()
-    entry.write_bytes(entry.read_bytes().replace(first.encode(), b"f" * 64))
-    seen: list[int] = []
-    assert cached_sha256(file, seen.append) == "f" * 64  # it is read from there
-    assert seen == [3]
-    flip(file)  # same size, same time of last change
-    assert cached_sha256(file) == sha256_file(file) != first
-    entry.write_bytes(b"damaged")
-    assert cached_sha256(file) == sha256_file(file)
-    # A cache that cannot be written costs time and nothing else.
-    monkeypatch.setenv("F2RT_CACHE", str(file))
-    assert cached_sha256(file) == sha256_file(file)
