@@ -1,4 +1,4 @@
-"""Fixtures every area shares: the bundled checkpoint, and one bundle made and proven from it for the whole run."""
+"""Fixtures that files share: the bundled checkpoint, and what is made once for the whole run, or for one worker."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ from tests.project import ALL, SAME, Project
 from tests.serving import ServerProcess
 from tests.serving_in_process import BIG, InProcess
 from tests.tiny import write_tiny
+from tests.verdicts import TEXTS
 
 ROOT = Path(__file__).resolve().parent.parent
 Shared = Callable[[str, Callable[[Path], object]], Path]
@@ -228,6 +229,20 @@ def tiny_bundle(shared: Shared) -> Bundle:
 @pytest.fixture
 def narrow_copy(narrow_bundle: Bundle, tmp_path: Path) -> Bundle:
     return open_bundle(Path(shutil.copytree(narrow_bundle.folder, tmp_path / "bundle")))
+
+
+@pytest.fixture(scope="session")
+def proven_folder(checkpoint: Checkpoint, shared: Shared) -> Path:
+    """A bundle with two engines, proven on `TEXTS`; what the proof left in its cache is beside it. Read only."""
+
+    def make(folder: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("F2RT_CACHE", str(folder / "cache"))
+            calibration = [t for t in calibration_texts() if len(t.text) < 250][:4]
+            export_bundle(checkpoint, folder / "mini", [Precision.FP32, Precision.FP16], calibration=calibration)
+            assert prove_bundle(folder / "mini", TEXTS).verdict == "pass"
+
+    return shared("proven", make) / "mini"
 
 
 @pytest.fixture

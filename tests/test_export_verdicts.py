@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,17 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import msgspec
-import numpy as np
 import pytest
 
-from calibration.texts import Text, calibration_texts, texts_sha256, verification_texts, write_lines
-from export.checkpoint import Checkpoint
-from export.hub import locate
-from export.pipeline import export_bundle
-from export.precision import Precision
-from export.prove import prove_bundle
-from export.recorded import CHUNK_VECTORS, RecordedReference
-from export.reference import Reference
+from calibration.texts import texts_sha256, write_lines
 from export.report.data import EngineReport, ParityReport, to_json
 from runtime.bundle import Bundle, EngineRecord, engine_fingerprint, open_bundle, write_manifest
 from runtime.errors import BundleError
@@ -32,54 +22,18 @@ from runtime.files import sha256_file
 from runtime.gate import refusal
 from runtime.policy import Policy
 from runtime.tolerances import TOLERANCES
+from tests.bundles import edit_engines
+from tests.verdicts import FP16, FP32, TEXTS, Run, forget, state
 
 ROOT = Path(__file__).parent.parent
-TEXTS = [t for t in verification_texts() if len(t.text) < 250][::25]
-CALIBRATION = [t for t in calibration_texts() if len(t.text) < 250][:4]
-FP32, FP16 = "onnxruntime:fp32", "onnxruntime:fp16"
 SAME = "nothing it depends on has changed"
 NO_REPORT = "parity/report.json is missing, was changed, or is another version's"
 
 
-@pytest.fixture(scope="module")
-def proven(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle with two engines, proven on `TEXTS`. Read only."""
-    folder = tmp_path_factory.mktemp("proven") / "mini"
-    export_bundle(checkpoint, folder, [Precision.FP32, Precision.FP16], calibration=CALIBRATION)
-    assert prove_bundle(folder, TEXTS).verdict == "pass"
-    return folder
-
-
 @pytest.fixture
-def folder(proven: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(proven, tmp_path / "bundle"))
-
-
-class Run:
-    """One run of `prove_bundle`: its report and what it told."""
-
-    def __init__(self, folder: Path, texts: list[Text] = TEXTS, **options: object) -> None:
-        self.lines: list[str] = []
-        options.setdefault("policy", Policy())  # the limits as they are now, where a test has changed them
-        self.report = prove_bundle(folder, texts, tell=self.lines.append, **options)  # type: ignore[arg-type]
-        self.kept = {e.engine: e.kept for e in self.report.engines}
-
-    @property
-    def compared(self) -> dict[str, str]:
-        """Return who was compared again and why."""
-        told = [line.removeprefix("comparing ") for line in self.lines if line.startswith("comparing ")]
-        return dict(line.split(": ", 1) for line in told)
-
-    @property
-    def computed(self) -> int | None:
-        """Return how many vectors PyTorch computed; None when no reference was needed."""
-        told = [line for line in self.lines if line.startswith("reference: ")]
-        return int(told[0].split()[1]) if told else None
-
-
-def state(folder: Path) -> dict[str, tuple[int, int]]:
-    found = {str(p): p.stat() for p in [folder, *folder.rglob("*")]}
-    return {name: (s.st_ino, s.st_mtime_ns) for name, s in found.items()}
+def folder(proven_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("F2RT_CACHE", str(shutil.copytree(proven_folder.parent / "cache", tmp_path / "cache")))
+    return Path(shutil.copytree(proven_folder, tmp_path / "bundle"))
 
 
 def edit_report(folder: Path, change: Callable[[EngineReport], EngineReport]) -> None:
@@ -94,15 +48,6 @@ def edit_report(folder: Path, change: Callable[[EngineReport], EngineReport]) ->
         replace(e, parity=replace(e.parity, report_sha256=sha256) if e.parity else None) for e in manifest.engines
     ]
     write_manifest(folder, replace(manifest, engines=engines))
-
-
-def edit_engines(folder: Path, change: Callable[[EngineRecord], EngineRecord]) -> None:
-    manifest = open_bundle(folder).manifest
-    write_manifest(folder, replace(manifest, engines=[change(e) for e in manifest.engines]))
-
-
-def forget(name: str) -> Callable[[EngineRecord], EngineRecord]:
-    return lambda e: replace(e, parity=None) if e.full_name == name else e
 
 
 def test_nothing_changed_runs_nothing(folder: Path) -> None:
@@ -385,97 +330,3 @@ def test_verdict_of_another_machine_stands_where_the_engine_cannot_run(folder: P
     run = Run(folder)
     assert run.kept[name] == SAME
     assert {e.engine: e.verdict for e in run.report.engines}[name] == "pass"
-
-
-def test_recorded_vectors_are_pytorchs_to_the_bit(
-    mini: Path, reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("export.recorded._CHUNK_S", 1e9)  # on a slow machine chunks would be smaller
-    location = locate(str(mini))
-    source = Checkpoint.open(location).source()
-    texts = [t.text for t in TEXTS[:20]]
-    with RecordedReference(location, source, cache=tmp_path) as first:
-        for text in texts:
-            first.embed(first.tokenize(text, 64))
-    assert first.computed == 20
-    with RecordedReference(location, source, cache=tmp_path) as second:
-        for text in texts:
-            ids = second.tokenize(text, 64)
-            assert ids == reference.tokenize(text, 64)
-            np.testing.assert_array_equal(second.embed(ids), reference.embed(ids))
-    assert second.computed == 0
-    assert second.tokenize(texts[0], 3) == reference.tokenize(texts[0], 3)  # the limit counts
-    # A chunk that is not what was written is computed again; the other still holds.
-    chunks = sorted(tmp_path.rglob("*.vectors"), key=lambda p: p.stat().st_size)
-    data = bytearray(chunks[-1].read_bytes())
-    data[-1] ^= 1
-    chunks[-1].write_bytes(data)
-    with RecordedReference(location, source, cache=tmp_path) as third:
-        for text in texts:
-            np.testing.assert_array_equal(
-                third.embed(third.tokenize(text, 64)), reference.embed(third.tokenize(text, 64))
-            )
-    assert third.computed == CHUNK_VECTORS
-
-
-def test_other_weights_or_versions_are_another_reference(
-    mini: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    location = locate(str(mini))
-    source = Checkpoint.open(location).source()
-    ids = [1, 2, 15986]
-
-    def computed() -> int:
-        with RecordedReference(location, source, cache=tmp_path) as reference:
-            reference.embed(ids)
-        return reference.computed
-
-    assert (computed(), computed()) == (1, 0)
-    card = [replace(f, sha256="0" * 64) if f.file == "README.md" else f for f in source.files]
-    source = replace(source, files=card)
-    assert computed() == 0
-    with monkeypatch.context() as patch:
-        patch.setattr("export.recorded.reference_versions", lambda: {"torch": "3", "transformers": "6"})
-        assert computed() == 1
-    for file in ("model.safetensors", "tokenizer.json", "config.json", "tokenizer_config.json"):
-        changed = [replace(f, sha256="0" * 64) if f.file == file else f for f in source.files]
-        source = replace(source, files=changed)
-        assert computed() == 1
-
-
-KILLED_AT_TEXT = """
-import os, signal, sys
-from pathlib import Path
-from calibration.texts import read_texts
-from export.prove import prove_bundle
-
-def strike(label, done, total):
-    if label == "PyTorch reference" and done == int(sys.argv[3]):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-prove_bundle(Path(sys.argv[1]), read_texts(sys.argv[2]), progress=strike)
-"""
-
-
-def test_reference_pass_killed_in_the_middle_goes_on(
-    proven: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("F2RT_CACHE", str(tmp_path / "cache"))
-    folder = Path(shutil.copytree(proven, tmp_path / "bundle"))
-    edit_engines(folder, forget(FP32))
-    (tmp_path / "texts.jsonl").write_bytes(write_lines(TEXTS))
-    at = CHUNK_VECTORS + 8
-    assert len(TEXTS) > at
-    arguments = [sys.executable, "-c", KILLED_AT_TEXT, str(folder), str(tmp_path / "texts.jsonl"), str(at)]
-    before = state(folder)
-    done = subprocess.run(arguments, cwd=ROOT, env=os.environ.copy(), capture_output=True, check=False)
-    assert done.returncode == -signal.SIGKILL
-    assert state(folder) == before
-    run = Run(folder)
-    assert run.compared == {FP32: "it was never compared"}
-    monkeypatch.setenv("F2RT_CACHE", str(tmp_path / "another cache"))
-    whole = Run(folder, force=True).computed
-    assert run.computed is not None
-    assert whole is not None
-    # At most one chunk was not yet recorded.
-    assert whole - at <= run.computed <= whole - at + CHUNK_VECTORS
