@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import re
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ import pytest
 import runtime
 from runtime.bundle import Bundle
 from runtime.embedder import Embedder, open_embedder
-from runtime.errors import STATUS, EngineError
-from runtime.settings import SchedulingSettings
+from runtime.errors import STATUS, EngineError, InputError
+from runtime.settings import Limits, SchedulingSettings
 from runtime.wire import http_app
+from runtime.wire.openai_v1 import decode_request
 from tests.http_client import JSON, TEXTS, client_of, refused, sending, talk, vectors_of
 from tests.serving import START_S
 from tests.serving_in_process import InProcess, held, wait_until
@@ -183,6 +185,40 @@ def test_400(web: httpx.Client, body: dict[str, Any], words: str) -> None:
 )
 def test_bodies_that_are_no_request(web: httpx.Client, body: bytes) -> None:
     refused(web.post("/v1/embeddings", content=body, headers=JSON), 400)
+
+
+def flood(value: str, number: int, first: str = "") -> bytes:
+    return f'{{"input": [{first}{",".join([value] * number)}]}}'.encode()
+
+
+FLOODS = {
+    "lists": flood("[]", 400_000),
+    "floats": flood("0.5", 400_000),
+    "ids": flood("7", 400_000),
+    "rows": flood("[7,7]", 200_000),
+    "texts": flood('""', 400_000),
+    "lists after a text": flood("[]", 400_000, first='"a, \\\\\\" and \\\\",'),
+    "lists before a text without an end": flood("[]", 400_000) + b'"',
+    "texts without a comma": flood("7", 310_000) + b'""' * 400_000,
+}
+
+
+@pytest.mark.parametrize("case", list(FLOODS))
+def test_a_flood_of_values_is_refused_before_anything_is_made_of_it(web: httpx.Client, case: str) -> None:
+    refused(web.post("/v1/embeddings", content=FLOODS[case], headers=JSON), 400, "more than 302048 values")
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match="more than 302048 values"):
+            decode_request(FLOODS[case], Limits())
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_commas_in_texts_are_no_values(web: httpx.Client, embedder: Embedder) -> None:
+    texts = [", , \\ \" ,[" * 60_000, "a,b"]
+    got = vectors_of(web.post("/v1/embeddings", json={"input": texts}))
+    assert np.abs(got - embedder.embed(texts).vectors).max() < 2e-6
 
 
 @pytest.mark.parametrize(

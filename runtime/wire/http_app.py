@@ -199,9 +199,10 @@ class HttpApp:
 
     async def _decoded(self, body: bytes) -> openai_v1.EmbeddingsRequest:
         """Decode a body, a large one on another thread. Raises InputError."""
+        limits = self._settings.limits
         if len(body) <= _DECODED_IN_LOOP:
-            return openai_v1.decode_request(body)
-        return await self._models.default.pipeline.in_thread(lambda: openai_v1.decode_request(body))
+            return openai_v1.decode_request(body, limits)
+        return await self._models.default.pipeline.in_thread(lambda: openai_v1.decode_request(body, limits))
 
 
 def _info(model: Model) -> dict[str, Any]:

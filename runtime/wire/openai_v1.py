@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from runtime.embedder import finish
 from runtime.errors import F2rtError, InputError, status_of
 from runtime.serving.call import EmbedCall, EmbedReply, instruction_for
+from runtime.settings import Limits
 from runtime.tokenizer import Instruction, Truncate
 
 Number = int | float
@@ -88,6 +89,8 @@ _DECODER = msgspec.json.Decoder(EmbeddingsRequest)
 _ESCAPE = re.compile(
     rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|u([dD][89a-fA-F][0-9a-fA-F]{2})|.)", re.DOTALL
 )
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+_COUNTED_BYTES = 1 << 20  # at a time: other threads run in between
 # OpenAI's own words for a status: its clients look at the HTTP status, people and gateways at these.
 _KINDS: dict[int, tuple[str, str | None]] = {
     400: ("invalid_request_error", None),
@@ -104,8 +107,16 @@ _KINDS: dict[int, tuple[str, str | None]] = {
 }
 
 
-def decode_request(body: bytes) -> EmbeddingsRequest:
+def decode_request(body: bytes, limits: Limits) -> EmbeddingsRequest:
     """Return the request of a body. Raises InputError."""
+    # Decoding is one call that no other thread runs beside: millions of values would stop the process for seconds.
+    most = limits.max_items + limits.max_request_tokens
+    if _commas(body, 0, len(body)) > most and _has_more_values(body, most):
+        raise InputError(
+            f"the body has more than {most} values; a request may have {limits.max_items} items and "
+            f"{limits.max_request_tokens} tokens.",
+            cure="Split the request.",
+        )
     try:
         return _DECODER.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:  # ValidationError is a DecodeError
@@ -118,6 +129,32 @@ def decode_request(body: bytes) -> EmbeddingsRequest:
         if len(problem) > _MAX_PROBLEM_CHARS:  # it may quote the name of a field
             problem = f"{problem[:_MAX_PROBLEM_CHARS]}…"
         raise InputError(f"the body is no embeddings request: {problem}.", cure="See /docs for its fields.") from error
+
+
+def _commas(body: bytes, start: int, end: int) -> int:
+    return sum(body.count(b",", at, min(at + _COUNTED_BYTES, end)) for at in range(start, end, _COUNTED_BYTES))
+
+
+def _has_more_values(body: bytes, most: int) -> bool:
+    """Whether more than `most` values follow a comma, or are texts: commas inside of texts do not count."""
+    commas = texts = at = 0
+    while max(commas, texts) <= most:
+        text = body.find(b'"', at)
+        commas += body.count(b",", at, text) if text >= 0 else _commas(body, at, len(body))
+        at = _end_of_text(body, text) if text >= 0 else 0
+        if not at:  # no more texts, or one without an end, where the decoder stops
+            break
+        texts += 1
+    return max(commas, texts) > most
+
+
+def _end_of_text(body: bytes, start: int) -> int:
+    """Return where the JSON string that begins at `start` is over; 0 when it has no end."""
+    end = body.find(b'"', start + 1)
+    if end >= 0 and body[end - 1] == ord("\\"):  # maybe the quotation mark is escaped
+        found = _STRING.match(body, start)
+        return found.end() if found else 0
+    return end + 1
 
 
 def _half_character(body: bytes) -> str:
