@@ -65,13 +65,14 @@ class Server:
         self.models.drain()
         # Until here ports stay open: refusals and NOT_SERVING reach their clients.
         loop, limit_s = asyncio.get_running_loop(), self.settings.drain_s
+        end_s = loop.time() + limit_s
         waiting: list[Awaitable[object]] = [loop.run_in_executor(None, self._grpc.wait_idle, limit_s)]
         if self._http is not None:
             waiting.append(_within(self._http.idle(), limit_s))
         await asyncio.gather(*waiting)
         stopping: list[Awaitable[object]] = [loop.run_in_executor(None, self._grpc.stop)]
         if self._http is not None:
-            stopping.append(self._http.stop())
+            stopping.append(self._http.stop(end_s - loop.time()))
         await asyncio.gather(*stopping)
         await self.models.idle()
         await self.models.close()

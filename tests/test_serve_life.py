@@ -56,6 +56,30 @@ def test_sigterm_finishes_what_was_admitted_and_refuses_the_rest(bundle: Bundle,
         assert not any("Traceback" in line or "ERROR" in line for line in server.log), server.log
 
 
+def test_sigterm_waits_for_a_caller_who_reads_slowly(bundle: Bundle) -> None:
+    """A large HTTP answer is with the caller whole, however long it takes within `drain_s`."""
+    body = b'{"encoding_format": "float", "input": [%s]}' % b",".join([b"[15986]"] * 2000)
+    head = b"POST /v1/embeddings HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body)
+    with ServerProcess(bundle.folder, "--set", "drain_s=120", http=True) as server, socket.socket() as peer:
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 14)  # most of it has to wait in the server
+        peer.settimeout(START_S)
+        host, _, port = server.http.rpartition(":")
+        peer.connect((host, int(port)))
+        peer.sendall(head + body)
+        said = peer.recv(1 << 12)
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_for_line("draining")
+        time.sleep(3)  # longer than the end of anything else takes
+        while part := peer.recv(1 << 20):
+            said += part
+        assert server.wait() == 0
+    headers, _, got = said.partition(b"\r\n\r\n")
+    announced = re.search(rb"content-length: (\d+)", headers)
+    assert announced is not None
+    assert len(got) == int(announced[1]) > 5 << 20
+    assert not any("Traceback" in line or "ERROR" in line for line in server.log), server.log
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_idle_server_stops_at_once_even_while_watched(bundle: Bundle, number: signal.Signals) -> None:
     with ServerProcess(bundle.folder) as server, grpc.insecure_channel(server.address) as channel:

@@ -20,7 +20,7 @@ from runtime.wire.http_connection import HttpConnection
 
 _BACKLOG = 2048
 _KEEP_ALIVE_S = 75
-_FLUSH_S = 2
+_FLUSH_S = 2.0  # at the end, for the last bytes of refusals
 
 
 class HttpServer:
@@ -39,7 +39,6 @@ class HttpServer:
             http=HttpConnection,  # on h11, which bounds a request's headers; httptools does not
             server_header=False,
             timeout_keep_alive=_KEEP_ALIVE_S,
-            timeout_graceful_shutdown=_FLUSH_S,
             limit_concurrency=settings.max_connections,
             ssl_certfile=tls.certificate if tls else None,
             ssl_keyfile=tls.key if tls else None,
@@ -75,11 +74,13 @@ class HttpServer:
         return f"{address.rpartition(':')[0]}:{listening.getsockname()[1]}"
 
     async def idle(self) -> None:
-        """Return once no request is being answered."""
+        """Return once no request is being answered. What was answered may not be sent yet: `stop` waits for that."""
         await self._http.idle()
 
-    async def stop(self) -> None:
-        """Stop listening and close all connections."""
+    async def stop(self, limit_s: float = 0.0) -> None:
+        """Stop listening, close connections at rest, and the others once their answers are sent, or `limit_s` later."""
+        # uvicorn waits for connections, and a connection is closed when its last byte is out: callers may read slowly.
+        self._server.config.timeout_graceful_shutdown = max(limit_s, _FLUSH_S)  # type: ignore[assignment]
         self._server.should_exit = True
         if self._task is not None:
             await self._task
