@@ -84,11 +84,12 @@ class Models:
             model = record.model.name if record.model else ""  # never what a caller made up: labels stay few
             self._recorder.put(Outcome(model, protocol, status, call, record.reply, error))
 
-    def refused(self, error: F2rtError, protocol: str) -> None:
+    def refused(self, error: F2rtError, protocol: str, request_id: str = "", traceparent: str = "") -> None:
         """Count and log a request that was refused before any model was asked; one that was counted is left alone."""
         if not error.counted:
             error.counted = True
-            self._recorder.put(Outcome("", protocol, status_of(error).grpc, EmbedCall(), None, error.message))
+            call = EmbedCall(request_id=request_id, traceparent=traceparent)
+            self._recorder.put(Outcome("", protocol, status_of(error).grpc, call, None, error.message))
 
     def expose(self) -> bytes:
         """Return the metrics in Prometheus' text format, with every request answered so far."""

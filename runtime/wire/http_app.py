@@ -81,14 +81,20 @@ class HttpApp:
 
     async def embeddings(self, request: Request) -> Response:
         """POST /v1/embeddings."""
-        given = request.headers.get("x-request-id", "")
-        own_id = request_id(given if given.isprintable() else "")
+        own_id = request_id(given_id(request))
         deadline_s = _deadline(request)
         wanted = await self._decoded(await self._body(request))
         # The model's own facts decide what token ids and prompts mean.
         model = self._models.get(wanted.model or "")
         contract = model.embedder.contract
-        call = openai_v1.make_call(wanted, contract.eos_id, contract.prompts, request_id=own_id, deadline_s=deadline_s)
+        call = openai_v1.make_call(
+            wanted,
+            contract.eos_id,
+            contract.prompts,
+            request_id=own_id,
+            deadline_s=deadline_s,
+            traceparent=self._traceparent(request),
+        )
         reply = await _unless_gone(request, self._models.embed(call, "http"), deadline_s)
 
         def encode() -> bytes:
@@ -143,6 +149,9 @@ class HttpApp:
     def _described(self, model: Model) -> dict[str, Any]:
         return {"id": model.name, "object": "model", "created": self._created, "owned_by": "f2rt"}
 
+    def _traceparent(self, request: Request) -> str:
+        return request.headers.get("traceparent", "") if self._settings.otlp_endpoint else ""
+
     def _closed(self, endpoint: Endpoint) -> Endpoint:
         """Return an endpoint that asks for a key, counts itself as open, and answers errors with their status."""
 
@@ -154,7 +163,7 @@ class HttpApp:
                 return await endpoint(request)
             except F2rtError as error:
                 if endpoint == self.embeddings:
-                    self._models.refused(error, "http")
+                    self._models.refused(error, "http", given_id(request), self._traceparent(request))
                 return _error(error)
             except ClientDisconnect:
                 return Response(status_code=499)
@@ -252,6 +261,12 @@ async def _unless_gone(request: Request, answering: Any, deadline_s: float | Non
         await asyncio.gather(gone, return_exceptions=True)
         if task.cancelled() or not task.done():
             await asyncio.gather(task, return_exceptions=True)
+
+
+def given_id(request: Request) -> str:
+    """Return the caller's id of a request, or "": it goes into logs."""
+    given = request.headers.get("x-request-id", "")
+    return given if given.isprintable() else ""
 
 
 def _deadline(request: Request) -> float | None:

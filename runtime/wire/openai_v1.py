@@ -164,7 +164,13 @@ def _half_character(body: bytes) -> str:
 
 
 def make_call(
-    request: EmbeddingsRequest, eos_id: int, prompts: Mapping[str, str], *, request_id: str, deadline_s: float | None
+    request: EmbeddingsRequest,
+    eos_id: int,
+    prompts: Mapping[str, str],
+    *,
+    request_id: str,
+    deadline_s: float | None,
+    traceparent: str = "",
 ) -> EmbedCall:
     """Translate a request. Raises InputError."""
     texts, token_ids = _inputs(request.input)
@@ -191,6 +197,7 @@ def make_call(
         deadline_s=deadline_s,
         request_id=request_id,
         model=request.model or "",
+        traceparent=traceparent,
     )
 
 
