@@ -97,6 +97,36 @@ def test_request_ids(web: httpx.Client) -> None:
     assert odd.headers["x-request-id"] != "a\x7fb"  # it would go into logs
 
 
+def test_a_refusal_has_the_requests_id(web: httpx.Client, served: InProcess, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "f2rt.access")
+    for number, (path, more, status) in enumerate(
+        [
+            ("/v1/embeddings", {"json": {"input": "a", "dimensions": 9999}}, 400),
+            ("/v1/embeddings", {"content": b"{"}, 400),
+            ("/v1/embeddings", {"json": {"input": "a", "model": "other"}}, 404),
+            ("/v1/embeddings", {"content": b"{}", "headers": {"content-type": "text/plain"}}, 415),
+            ("/v1/nowhere", {"json": {}}, 404),
+            ("/info", {"json": {}}, 405),
+        ]
+    ):
+        headers = {**more.pop("headers", {}), "x-request-id": f"mine-{number}"}  # type: ignore[dict-item, attr-defined]
+        answer = web.post(path, headers=headers, **more)  # type: ignore[arg-type]
+        refused(answer, status)
+        assert answer.headers["x-request-id"] == f"mine-{number}"
+        assert len(web.post(path, **more).headers["x-request-id"]) == 16  # type: ignore[arg-type]
+    served.models.expose()
+    logged = [r.fields["request_id"] for r in caplog.records if r.name == "f2rt.access"]  # type: ignore[attr-defined]
+    assert {"mine-0", "mine-1", "mine-2"} <= set(logged)
+    assert "" not in logged
+
+
+def test_what_a_refusal_quotes_is_cut(web: httpx.Client) -> None:
+    for field in ("prompt_name", "model", "input_type"):
+        answer = web.post("/v1/embeddings", json={"input": "a", field: "x" * 200_000})
+        refused(answer, 400 if field == "input_type" else 404)
+        assert len(answer.content) < 1000
+
+
 def test_models(web: httpx.Client) -> None:
     listed = web.get("/v1/models").json()
     assert [(m["id"], m["object"], m["owned_by"]) for m in listed["data"]] == [("mini", "model", "f2rt")]
@@ -373,6 +403,15 @@ def test_504_once_the_callers_time_is_over(bundle: Bundle) -> None:
         engine.wait_begun(1)
         late = client.post("/v1/embeddings", json={"input": "no time"}, headers={"X-Request-Timeout": "0.05"})
         assert refused(late, 504, "deadline")["code"] == "deadline_exceeded"
+        server.models.expose()
+        registry = server.models.metrics.registry
+        seen = {
+            (sample.labels["model"], sample.labels["status"]): sample.value
+            for family in registry.collect()
+            for sample in family.samples
+            if sample.name == "f2rt_requests_total" and sample.value
+        }
+        assert seen == {("mini", "DEADLINE_EXCEEDED"): 1}  # once, and under its model's name
         engine.allow(10)
         assert first.result().status_code == 200
         patient = client.post("/v1/embeddings", json={"input": "time"}, headers={"X-Request-Timeout": "60"})

@@ -21,7 +21,7 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
 import runtime
-from runtime.errors import AccessError, DeadlineError, F2rtError, InputError, OverloadedError, TooLargeError
+from runtime.errors import AccessError, F2rtError, InputError, OverloadedError, TooLargeError
 from runtime.serving.access import Keys
 from runtime.serving.metrics import CONTENT_TYPE
 from runtime.serving.model import Model
@@ -36,6 +36,7 @@ _DECODED_IN_LOOP = 1 << 16  # bytes
 _ENCODED_IN_LOOP = 1 << 16  # values
 _MOST_TIMEOUT_S = 24 * 3600.0
 _SILENCE_S = 30.0  # in the middle of a body
+_ID = "x-request-id"
 _NUMBER = re.compile(r"[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -81,7 +82,7 @@ class HttpApp:
 
     async def embeddings(self, request: Request) -> Response:
         """POST /v1/embeddings."""
-        own_id = request_id(given_id(request))
+        own_id = _id(request)
         deadline_s = _deadline(request)
         wanted = await self._decoded(await self._body(request))
         # The model's own facts decide what token ids and prompts mean.
@@ -95,14 +96,14 @@ class HttpApp:
             deadline_s=deadline_s,
             traceparent=self._traceparent(request),
         )
-        reply = await _unless_gone(request, self._models.embed(call, "http"), deadline_s)
+        reply = await _unless_gone(request, self._models.embed(call, "http"))
 
         def encode() -> bytes:
             return openai_v1.encode_reply(wanted, call, reply, model.name)
 
         small = reply.vectors.size <= _ENCODED_IN_LOOP
         body = encode() if small else await model.pipeline.in_thread(encode)
-        headers = {"x-request-id": own_id, "x-f2rt-fingerprint": reply.fingerprint}
+        headers = {_ID: own_id, "x-f2rt-fingerprint": reply.fingerprint}
         return Response(body, media_type="application/json", headers=headers)
 
     async def models(self, request: Request) -> Response:
@@ -163,8 +164,8 @@ class HttpApp:
                 return await endpoint(request)
             except F2rtError as error:
                 if endpoint == self.embeddings:
-                    self._models.refused(error, "http", given_id(request), self._traceparent(request))
-                return _error(error)
+                    self._models.refused(error, "http", _id(request), self._traceparent(request))
+                return _error(error, _id(request))
             except ClientDisconnect:
                 return Response(status_code=499)
             except HTTPException:
@@ -172,7 +173,8 @@ class HttpApp:
             except Exception:
                 log.exception("unexpected error in %s", endpoint.__name__)
                 text = "an unexpected error; the server's log has the details."
-                return Response(openai_v1.error_body(500, text), 500, media_type="application/json")
+                headers = {_ID: _id(request)}
+                return Response(openai_v1.error_body(500, text), 500, headers, media_type="application/json")
             finally:
                 self._open -= 1
                 if not self._open:
@@ -241,19 +243,15 @@ def _info(model: Model) -> dict[str, Any]:
     }
 
 
-async def _unless_gone(request: Request, answering: Any, deadline_s: float | None) -> Any:
-    """Await an answer, and drop it when the client goes away or its time is over. Raises ClientDisconnect."""
+async def _unless_gone(request: Request, answering: Any) -> Any:
+    """Await an answer, and drop it when the client goes away. Raises ClientDisconnect."""
     task = asyncio.ensure_future(answering)
     gone = asyncio.ensure_future(request.receive())  # the body is read: what comes next is the end of the connection
     try:
-        left_s = None if deadline_s is None else max(deadline_s - time.perf_counter(), 0.0)
-        await asyncio.wait((task, gone), timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        if gone.done():
-            raise ClientDisconnect
-        # The queue refuses what it knows to come too late; an engine that is busy for longer is not asked.
-        raise DeadlineError("the deadline passed before the answer was ready.", cure="Allow more time.")
+        raise ClientDisconnect
     finally:
         for one in (task, gone):
             if not one.done():
@@ -263,10 +261,12 @@ async def _unless_gone(request: Request, answering: Any, deadline_s: float | Non
             await asyncio.gather(task, return_exceptions=True)
 
 
-def given_id(request: Request) -> str:
-    """Return the caller's id of a request, or "": it goes into logs."""
-    given = request.headers.get("x-request-id", "")
-    return given if given.isprintable() else ""
+def _id(request: Request) -> str:
+    """Return a request's id, the caller's or one made for it: the same whenever it is asked for."""
+    if not hasattr(request.state, "id"):
+        given = request.headers.get(_ID, "")
+        request.state.id = request_id(given if given.isprintable() else "")
+    return str(request.state.id)
 
 
 def _deadline(request: Request) -> float | None:
@@ -284,16 +284,16 @@ def _json(value: Any, status: int = 200) -> Response:
     return Response(orjson.dumps(value), status, media_type="application/json")
 
 
-def _error(error: F2rtError) -> Response:
+def _error(error: F2rtError, own_id: str) -> Response:
     status, body = openai_v1.encode_error(error)
-    headers = {}
+    headers = {_ID: own_id}
     if isinstance(error, OverloadedError):
-        headers = {
+        headers |= {
             "retry-after": str(math.ceil(error.retry_after_s)),
             "retry-after-ms": str(int(1e3 * error.retry_after_s)),
         }
     if isinstance(error, AccessError):
-        headers = {"www-authenticate": "Bearer"}
+        headers |= {"www-authenticate": "Bearer"}
     return Response(body, status, headers, media_type="application/json")
 
 
@@ -310,4 +310,5 @@ async def _refused(request: Request, error: Exception) -> Response:
     elif error.status_code == 405:
         message = f"{request.url.path[:100]} does not take {request.method[:20]}. See /docs."
     body = openai_v1.error_body(error.status_code, message)
-    return Response(body, error.status_code, error.headers, media_type="application/json")
+    headers = {**(error.headers or {}), _ID: _id(request)}
+    return Response(body, error.status_code, headers, media_type="application/json")

@@ -84,6 +84,7 @@ class ErrorResponse(msgspec.Struct):
 
 
 _MAX_PROBLEM_CHARS = 200
+_MAX_MESSAGE_CHARS = 400  # as over gRPC
 _DECODER = msgspec.json.Decoder(EmbeddingsRequest)
 # JSON's escapes, one after the other; the group is a surrogate that is no half of a pair.
 _ESCAPE = re.compile(
@@ -220,9 +221,11 @@ def encode_reply(request: EmbeddingsRequest, call: EmbedCall, reply: EmbedReply,
 
 
 def encode_error(error: F2rtError) -> tuple[int, bytes]:
-    """Return the HTTP status of an error and its body."""
-    status = status_of(error).http
-    return status, error_body(status, str(error))
+    """Return the HTTP status of an error and its body. What a message quotes may be as long as a caller likes."""
+    status, message = status_of(error).http, error.message
+    if len(message) > _MAX_MESSAGE_CHARS:
+        message = f"{message[:_MAX_MESSAGE_CHARS]}…"
+    return status, error_body(status, f"{message} {error.cure}".rstrip())
 
 
 def error_body(status: int, message: str) -> bytes:
