@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import ssl
 from collections.abc import Callable
@@ -18,11 +19,15 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from runtime._pb.inference import grpc_service_pb2 as kserve
 from runtime.bundle import Bundle
 from runtime.client import EmbeddingClient
-from runtime.embedder import Embedder
+from runtime.embedder import Embedder, open_embedder
 from runtime.errors import AccessError, InputError, UnavailableError
 from runtime.serving.access import Keys
+from runtime.settings import TlsSettings
+from runtime.wire import http_server
 from runtime.wire.f2rt_v1 import _is_local
+from tests.http_client import talk
 from tests.serving import SERVING, ServerProcess, f2rt, failure
+from tests.serving_in_process import InProcess
 
 KEY, OTHER = "first-key-0123456789", "second-key-0123456789"
 UNAUTHENTICATED = grpc.StatusCode.UNAUTHENTICATED
@@ -185,6 +190,20 @@ def test_client_certificates_on_both_ports(bundle: Bundle, certificates: Certifi
         assert httpx.get(f"https://{http}/info", verify=c.context(client=True)).status_code == 200
         with pytest.raises(httpx.HTTPError):
             httpx.get(f"https://{http}/info", verify=c.context())
+
+
+def test_a_handshake_has_to_come_to_an_end(
+    bundle: Bundle, certificates: Certificates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_server, "_HANDSHAKE_S", 0.2)
+    tls = TlsSettings(str(certificates.cert), str(certificates.key))
+    with InProcess(open_embedder(bundle), http=True, tls=tls) as server, contextlib.ExitStack() as stack:
+        peers = [stack.enter_context(talk(server)) for _ in range(3)]
+        peers[1].sendall(b"\x16\x03\x01\x02\x00\x01")  # the beginning of one
+        for peer in peers:
+            assert peer.recv(1) == b""
+        answer = httpx.get(f"https://{server.http}/health/ready", verify=certificates.context())
+        assert answer.status_code == 200
 
 
 @pytest.mark.parametrize("files", [("nowhere.pem", "nowhere.key"), ("text", "text")])

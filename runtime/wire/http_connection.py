@@ -99,17 +99,22 @@ class HttpConnection(H11Protocol):
 
 
 def _too_many(app: Any) -> Any:
-    """Return what answers on a connection too many: health, which says how the server is, and else a refusal."""
+    """Return what answers once on a connection too many: health, which says how the server is, and else a refusal."""
 
     async def answer(scope: Any, receive: Any, send: Any) -> None:
+        async def send_last(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message.get("headers", []), (b"connection", b"close")]}
+            await send(message)
+
         if scope["path"].startswith("/health/"):
-            await app(scope, receive, send)
+            await app(scope, receive, send_last)
             return
         with contextlib.suppress(TimeoutError):  # what the peer sends is read, so that it gets to read the answer
             async with asyncio.timeout(_LINGER_S):
                 while (await receive()).get("more_body", False):
                     pass
-        headers = {"connection": "close", "retry-after": "1"}
-        await Response(error_body(503, _TOO_MANY), 503, headers, media_type="application/json")(scope, receive, send)
+        refusal = Response(error_body(503, _TOO_MANY), 503, {"retry-after": "1"}, media_type="application/json")
+        await refusal(scope, receive, send_last)
 
     return answer

@@ -8,6 +8,7 @@ import socket
 import ssl
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 
@@ -20,6 +21,8 @@ from runtime.wire.http_connection import HttpConnection
 
 _BACKLOG = 2048
 _KEEP_ALIVE_S = 75
+_HANDSHAKE_S = 10.0  # until then a connection with TLS counts as none of `max_connections`
+_CLOSE_S = 30.0  # asyncio's own
 _FLUSH_S = 2.0  # at the end, for the last bytes of refusals
 
 
@@ -51,7 +54,7 @@ class HttpServer:
             raise InputError(
                 f"TLS cannot be set up: {error}.", cure="Give the certificate and its key as PEM."
             ) from error
-        self._server = _Server(config)
+        self._server = _Server(config, max(settings.drain_s, _CLOSE_S))
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> str:
@@ -87,7 +90,28 @@ class HttpServer:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn without hands on the process's signals: `runtime.server` has them."""
+    """uvicorn without hands on the process's signals, which `runtime.server` has, and with limits of time for TLS."""
+
+    def __init__(self, config: uvicorn.Config, close_s: float) -> None:
+        """`close_s`: how long a connection with TLS may take to send what is left when it is closed."""
+        super().__init__(config)
+        self._close_s = close_s
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept connections. uvicorn's own has no word on how long a handshake may take; asyncio's is a minute."""
+        config, loop = self.config, asyncio.get_running_loop()
+        times: dict[str, Any] = {}
+        if config.ssl is not None:
+            times = {"ssl_handshake_timeout": _HANDSHAKE_S, "ssl_shutdown_timeout": self._close_s}
+
+        def connect() -> asyncio.Protocol:
+            return HttpConnection(config, self.server_state, {})
+
+        self.servers = [
+            await loop.create_server(connect, sock=one, ssl=config.ssl, backlog=_BACKLOG, **times)
+            for one in sockets or ()
+        ]
+        self.started = True
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
