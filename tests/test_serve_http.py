@@ -86,6 +86,9 @@ def test_truncation(web: httpx.Client, embedder: Embedder) -> None:
     assert np.array_equal(end, embedder.embed([long]).vectors)
     assert not np.array_equal(start, end)
     refused(web.post("/v1/embeddings", json={"input": long, "truncate": "error"}), 400, "tokens")
+    for given, cut in (([long, "short", long], "2"), (["short"], None)):
+        answer = web.post("/v1/embeddings", json={"input": given})
+        assert answer.headers.get("x-f2rt-truncated") == cut
 
 
 def test_request_ids(web: httpx.Client) -> None:

@@ -81,6 +81,9 @@ def test_openapi_document(web: httpx.Client) -> None:
     for path in document["paths"]:
         if path != "/v1/embeddings":
             assert web.get(path.replace("{name}", "mini")).status_code == 200
+    described = document["paths"]["/v1/embeddings"]["post"]["responses"]["200"]["headers"]
+    answer = web.post("/v1/embeddings", json={"input": "many words " * 3000})
+    assert {name.lower() for name in described} == {name for name in answer.headers if name.startswith("x-")}
     fields = document["components"]["schemas"]["EmbeddingsRequest"]["properties"]
     assert set(fields) == set(http_app.openai_v1.EmbeddingsRequest.__struct_fields__)
     assert "security" not in document

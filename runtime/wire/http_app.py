@@ -104,6 +104,9 @@ class HttpApp:
         small = reply.vectors.size <= _ENCODED_IN_LOOP
         body = encode() if small else await model.pipeline.in_thread(encode)
         headers = {_ID: own_id, "x-f2rt-fingerprint": reply.fingerprint}
+        truncated = sum(item.truncated for item in reply.items)
+        if truncated:
+            headers["x-f2rt-truncated"] = str(truncated)
         return Response(body, media_type="application/json", headers=headers)
 
     async def models(self, request: Request) -> Response:

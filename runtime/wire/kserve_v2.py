@@ -3,6 +3,7 @@
 Input `text` BYTES [n] or [n, 1], output `embedding` FP32 [n, dim] in raw_output_contents. Request parameters:
 `input_type` (query, passage), `prompt_name`, `prompt`, `truncate` (END, START, NONE), `dimensions`, `normalize`, and
 Triton's `timeout` in microseconds. An unknown one is refused: misspelt and ignored, it would change vectors in silence.
+Response parameters: `fingerprint`, `tokens`, and `truncated`, the number of texts that were cut.
 """
 
 from __future__ import annotations
@@ -102,6 +103,7 @@ class InferenceService:
         response.outputs.add(name=OUTPUT, datatype="FP32", shape=[len(reply.items), dim])
         response.parameters["fingerprint"].string_param = reply.fingerprint
         response.parameters["tokens"].int64_param = sum(len(item.ids) for item in reply.items)
+        response.parameters["truncated"].int64_param = sum(item.truncated for item in reply.items)
         return response
 
     def _model(self, name: str, version: str) -> Model:

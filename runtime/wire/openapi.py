@@ -65,6 +65,15 @@ def describe(version: str, models: Mapping[str, Contract], limits: Limits, *, ne
         "description": "Seconds after which the answer is worth nothing",
         "schema": {"type": "number", "exclusiveMinimum": 0, "maximum": 86400},
     }
+    told = {
+        name: {"description": text, "schema": {"type": kind}}
+        for name, kind, text in (
+            ("X-Request-ID", "string", "The caller's id of the request, or one made for it; refusals have it, too"),
+            ("X-F2rt-Fingerprint", "string", "Which engine made the vectors"),
+            ("X-F2rt-Truncated", "integer", "How many texts were too long and were cut; absent when none was"),
+        )
+    }
+    answered = {"description": "OK", "headers": told, "content": {_JSON: {"schema": response}}}
     fields = schemas["EmbeddingsRequest"]["properties"]
     contracts = models.values()
     fields["input"] = _input(
@@ -91,7 +100,7 @@ def describe(version: str, models: Mapping[str, Contract], limits: Limits, *, ne
                     "summary": "Embed texts or token ids",
                     "parameters": [timeout],
                     "requestBody": {"required": True, "content": {_JSON: {"schema": request}}},
-                    "responses": {"200": {"description": "OK", "content": {_JSON: {"schema": response}}}, **refusals},
+                    "responses": {"200": answered, **refusals},
                 }
             },
             "/v1/models": get("The models of this server"),
