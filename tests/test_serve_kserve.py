@@ -67,6 +67,14 @@ def test_vectors_are_the_embedders(stub: Any, embedder: Embedder, raw: bool) -> 
     assert answer.parameters["fingerprint"].string_param == embedder.fingerprint
     tokens = sum(len(item.ids) for item in embedder.embed(TEXTS).items)
     assert answer.parameters["tokens"].int64_param == tokens
+    assert answer.parameters["truncated"].int64_param == 0
+
+
+def test_a_million_characters_are_cut_and_the_answer_says_so(stub: Any, embedder: Embedder) -> None:
+    texts = ["long " * 200_000, "short"]
+    answer = stub.ModelInfer(request(texts))
+    assert np.allclose(vectors_of(answer), embedder.embed(texts).vectors, atol=1e-6)
+    assert answer.parameters["truncated"].int64_param == 1
 
 
 @pytest.mark.parametrize(
@@ -98,6 +106,29 @@ def test_live_ready_and_metadata(stub: Any, embedder: Embedder) -> None:
     ]
 
 
+def test_while_the_golden_check_fails_nothing_is_ready_nor_answered(embedder: Embedder) -> None:
+    engine, own = held(embedder, permits=10**6)
+    with InProcess(own, golden_period_s=0.02) as server, server.channel() as channel:
+        stub = pb_grpc.GRPCInferenceServiceStub(channel)  # type: ignore[no-untyped-call]
+
+        def ready() -> tuple[bool, bool]:
+            model = stub.ModelReady(pb.ModelReadyRequest(name="mini"))
+            return stub.ServerReady(pb.ServerReadyRequest()).ready, model.ready
+
+        assert ready() == (True, True)
+        engine.turn = 0.5
+        wait_until(lambda: server.model.state == "failing")
+        assert ready() == (False, False)
+        assert stub.ServerLive(pb.ServerLiveRequest()).live
+        error = failure(lambda: stub.ModelInfer(request(["a"]), timeout=START_S))
+        assert error.code() is grpc.StatusCode.UNAVAILABLE
+        assert "mini does not answer" in error.details()
+        engine.turn = 0.0
+        wait_until(lambda: server.model.state == "ready")
+        assert ready() == (True, True)
+        assert np.allclose(vectors_of(stub.ModelInfer(request(["a"]))), embedder.embed(["a"]).vectors, atol=1e-6)
+
+
 def _changed(change: Callable[[pb.ModelInferRequest], Any], *texts: str) -> pb.ModelInferRequest:
     message = request(texts or ["a"])
     change(message)
@@ -121,6 +152,8 @@ WRONG: dict[str, tuple[Callable[[], pb.ModelInferRequest], str]] = {
     "cut length": (lambda: _changed(lambda m: m.raw_input_contents.__setitem__(0, b"\x09")), "in the middle"),
     "no UTF-8": (lambda: request([b"ok", b"\xff"]), "not UTF-8 at byte 0"),
     "empty": (lambda: request([]), "0 items"),
+    "10,000 texts": (lambda: request(["a"] * 10_000), "10000 items; it may have 1 to 2048"),
+    "a text too long": (lambda: request(["x" * 1_000_001]), "1000001 characters"),
     "another output": (lambda: _changed(lambda m: m.outputs.add(name="x")), "there is no output 'x'"),
     "misspelt": (lambda: with_parameters(request(["a"]), input_typ="query"), "there is no parameter 'input_typ'"),
     "input type": (lambda: with_parameters(request(["a"]), input_type="x"), "there is no input_type 'x'"),
