@@ -26,7 +26,7 @@ from runtime.settings import TlsSettings
 from runtime.wire import http_server
 from runtime.wire.f2rt_v1 import _is_local
 from tests.http_client import talk
-from tests.serving import SERVING, ServerProcess, f2rt, failure
+from tests.serving import SERVING, START_S, ServerProcess, f2rt, failure
 from tests.serving_in_process import InProcess
 
 KEY, OTHER = "first-key-0123456789", "second-key-0123456789"
@@ -201,6 +201,7 @@ def test_a_handshake_has_to_come_to_an_end(
         peers = [stack.enter_context(talk(server)) for _ in range(3)]
         peers[1].sendall(b"\x16\x03\x01\x02\x00\x01")  # the beginning of one
         for peer in peers:
+            peer.settimeout(START_S / 2)  # asyncio's own limit is a minute
             assert peer.recv(1) == b""
         answer = httpx.get(f"https://{server.http}/health/ready", verify=certificates.context())
         assert answer.status_code == 200
