@@ -7,6 +7,7 @@ its own flag or `--set max_wait_ms=...`. Models are `[NAME=]BUNDLE[@ENGINE]`, or
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -46,6 +47,11 @@ _OWN: dict[str, Value] = {
 }
 _NESTED = ("grpc_address", "http_address", "truncate", "limits", "scheduling", "tls", "keys_file", "shadow")
 _LOG_FORMATS = ("text", "json")
+# Variables that are no settings of a server: of the command line, of other commands, and of the cache.
+_OTHER_VARIABLES = ("F2RT_CONFIG", "F2RT_CACHE", "F2RT_API_KEY", "F2RT_WAIT")
+# What Kubernetes sets for every Service, here for one called f2rt or f2rt-something; SERVICE_HOST is always there.
+_SERVICE_VARIABLE = re.compile(r"(F2RT(?:_[A-Z0-9_]+?)??)_(?:SERVICE_HOST|SERVICE_PORT(?:_\w+)?|PORT(?:_\d+_\w+)?)")
+_USER_INFO = re.compile(r"(?<=://)[^/?#]*@")
 
 
 def _defaults(preset: str) -> dict[str, Value]:
@@ -69,12 +75,16 @@ class ServeConfig:
     sources: dict[str, str] = field(repr=False)
 
     def as_toml(self) -> str:
-        """Return the settings as a file that says the same. Keys are in their own file, which is named, not shown."""
+        """Return the settings as a file that says the same, but for users and passwords in URLs, which it leaves out.
+
+        Keys are in their own file, which is named, not shown.
+        """
         lines = []
         for name, value in self.values.items():
             source = self.sources.get(name, "")
             comment = f"  # {source if source.isprintable() else ascii(source)}" if source else ""
-            lines.append(f"{name} = {toml_value(value)}{comment}")
+            shown = _USER_INFO.sub("***@", value) if isinstance(value, str) else value
+            lines.append(f"{name} = {toml_value(shown)}{comment}")
         for model in self.models:
             table = {"name": model.name, "bundle": model.bundle, "engine": model.engine}
             lines += ["", "[[model]]", *(f"{name} = {toml_value(value)}" for name, value in table.items())]
@@ -92,6 +102,7 @@ def resolve(
         tables = content.pop("model", [])
         given |= {name: (value, str(file)) for name, value in content.items()}
     known = _defaults("latency")
+    _check_variables(environment, [f"F2RT_{name.upper()}" for name in known])
     for name in known:
         variable = f"F2RT_{name.upper()}"
         if variable in environment:
@@ -109,6 +120,21 @@ def resolve(
     for name, (value, source) in given.items():
         values[name] = _typed(name, value, type(values[name]), source)
     return _build(models, tables, values, {name: source for name, (_, source) in given.items()}, file)
+
+
+def _check_variables(environment: Mapping[str, str], settings: Sequence[str]) -> None:
+    """Raise InputError for a F2RT_ variable that nothing reads: mistyped, it would leave a server without its keys."""
+    known = {*settings, *_OTHER_VARIABLES}
+    for variable in sorted(environment):
+        if not variable.startswith("F2RT_") or variable in known:
+            continue
+        service = _SERVICE_VARIABLE.fullmatch(variable)
+        if service is not None and f"{service[1]}_SERVICE_HOST" in environment:
+            continue
+        name = variable.removeprefix("F2RT_").upper()
+        close = difflib.get_close_matches(name, [one.removeprefix("F2RT_") for one in sorted(known)], 1)
+        cure = f"Did you mean F2RT_{close[0]}?" if close else "Unset it; f2rt serve --print-config shows all settings."
+        raise InputError(f"{variable}: there is no such variable.", cure=cure)
 
 
 def parse_assignments(assignments: Sequence[str]) -> dict[str, str]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import runtime
 from runtime.bundle import open_bundle
-from runtime.embedder import open_embedder
+from runtime.embedder import Embedder, open_embedder
 from runtime.errors import F2rtError
 from runtime.gate import open_gate
 from runtime.serving.access import Keys
@@ -25,11 +25,12 @@ from runtime.serving.metrics import EngineMetrics, Metrics
 from runtime.serving.model import Model, Proven, load, warn_if_unverified
 from runtime.serving.models import Models
 from runtime.serving.pipeline import Pipeline
-from runtime.serving.shadow import Shadow
+from runtime.serving.shadow import Shadow, check_tokenizer
 from runtime.serving.tracing import OtlpTracer
-from runtime.settings import EngineSettings, ModelSettings, ServeSettings
-from runtime.wire.grpc_server import GrpcServer, read_pem
+from runtime.settings import EngineSettings, ModelSettings, ServeSettings, ShadowSettings
+from runtime.wire.grpc_server import GrpcServer
 from runtime.wire.http_server import HttpServer
+from runtime.wire.tls import check_tls
 
 log = logging.getLogger("f2rt.server")
 
@@ -106,10 +107,7 @@ async def open_models(
     if settings.shadow is not None:
         shadow = settings.shadow
         loop = asyncio.get_running_loop()
-        gate = open_gate(settings.policy, settings.allow_unverified)
-        embedder = await loop.run_in_executor(
-            None, lambda: open_embedder(open_bundle(Path(shadow.bundle)), shadow.engine, engine, settings.limits, gate)
-        )
+        embedder = await loop.run_in_executor(None, _open_shadow, shadow, engine, settings)
         first = models[0]
         warn_if_unverified(f"the shadow of {first.name}", embedder)
         counted = EngineMetrics(metrics, f"{first.name}-shadow")
@@ -140,6 +138,11 @@ async def run(
     await server.stop()
 
 
+def _open_shadow(shadow: ShadowSettings, engine: EngineSettings, settings: ServeSettings) -> Embedder:
+    gate = open_gate(settings.policy, settings.allow_unverified)
+    return open_embedder(open_bundle(Path(shadow.bundle)), shadow.engine, engine, settings.limits, gate)
+
+
 def prove(models: Sequence[ModelSettings], engine: EngineSettings, settings: ServeSettings) -> list[Proven]:
     """Open and prove the engine of every model.
 
@@ -157,19 +160,24 @@ def prove(models: Sequence[ModelSettings], engine: EngineSettings, settings: Ser
 
 
 def check(models: Sequence[ModelSettings], engine: EngineSettings, settings: ServeSettings) -> list[str]:
-    """Open and prove everything, keys and TLS files included, and close it; returns a line per model."""
+    """Open and prove everything, keys, TLS files and shadow included, and close it; returns a line per engine."""
     configure("text")
     logging.getLogger().setLevel(logging.WARNING)
     Keys(settings.keys_file)
     if settings.tls is not None:
-        for file in (settings.tls.certificate, settings.tls.key, settings.tls.client_ca):
-            if file:
-                read_pem(file)
+        check_tls(settings.tls)
+    proven = prove(models, engine, settings)
+    named = [(spec.name, one) for spec, one in zip(models, proven, strict=True)]
+    if settings.shadow is not None:
+        embedder = _open_shadow(settings.shadow, engine, settings)
+        first = named[0]
+        check_tokenizer(embedder.bundle, first[1].embedder.bundle.manifest.tokenizer.sha256, first[0])
+        named.append((f"the shadow of {first[0]}", Proven(embedder, embedder.loaded.expected)))
     lines = []
-    for spec, one in zip(models, prove(models, engine, settings), strict=True):
+    for name, one in named:
         loaded = one.embedder.loaded
         lines.append(
-            f"{spec.name}{_unverified(one)}: {loaded.record.full_name} reproduces {_reproduced(one)}, smallest cosine "
+            f"{name}{_unverified(one)}: {loaded.record.full_name} reproduces {_reproduced(one)}, smallest cosine "
             f"{loaded.golden_cosine:.7f}, fingerprint {one.embedder.fingerprint}"
         )
         one.embedder.close()

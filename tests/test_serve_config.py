@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from dataclasses import fields
 from pathlib import Path
@@ -13,7 +14,7 @@ from runtime.bundle import Bundle
 from runtime.config import ServeConfig, parse_assignments, resolve
 from runtime.errors import InputError
 from runtime.settings import PRESETS, EngineSettings, Limits, ModelSettings, SchedulingSettings
-from tests.serving import f2rt
+from tests.serving import ROOT, f2rt
 
 
 def made(*models: str, file: Path | None = None, env: dict[str, str] | None = None, **flags: Any) -> ServeConfig:
@@ -62,6 +63,57 @@ def test_what_is_printed_says_the_same_when_it_is_read(tmp_path: Path) -> None:
     again = resolve([], {}, {}, file)
     assert (again.models, again.engine, again.settings) == (config.models, config.engine, config.settings)
     assert tomllib.loads(printed)["model"][0] == {"name": "one", "bundle": "a/b", "engine": "onnxruntime:int8"}
+
+
+def test_a_password_in_a_url_is_not_printed() -> None:
+    for given, shown in (
+        ("http://user:secret@host:4318/v1/traces", "http://***@host:4318/v1/traces"),
+        ("https://user:se@cret@host", "https://***@host"),
+        ("http://host/a@b?c@d", "http://host/a@b?c@d"),
+    ):
+        printed = made(otlp_endpoint=given).as_toml()
+        assert tomllib.loads(printed)["otlp_endpoint"] == shown
+        assert made(otlp_endpoint=given).settings.otlp_endpoint == given
+
+
+@pytest.mark.parametrize(
+    ("variable", "cure"),
+    [
+        ("F2RT_KEYSFILE", "Did you mean F2RT_KEYS_FILE?"),
+        ("F2RT_KEY_FILE", "Did you mean F2RT_KEYS_FILE?"),
+        ("F2RT_TLS_CERTIFICATE", "Did you mean F2RT_TLS_CERT?"),
+        ("F2RT_keys_file", "Did you mean F2RT_KEYS_FILE?"),
+        ("F2RT_SOMETHING_ELSE", "--print-config"),
+        ("F2RT_PORT", "Did you mean"),
+    ],
+)
+def test_a_variable_that_nothing_reads_is_refused(variable: str, cure: str) -> None:
+    with pytest.raises(InputError, match=f"{variable}: there is no such variable") as caught:
+        made(env={"F2RT_THREADS": "1", "PATH": "/bin", variable: "x"})
+    assert cure in caught.value.cure
+
+
+def test_variables_of_other_commands_and_of_kubernetes_are_left_alone() -> None:
+    source = "".join(
+        file.read_text(encoding="utf-8") for folder in ("runtime", "export") for file in (ROOT / folder).rglob("*.py")
+    )
+    read = set(re.findall(r"""(?:envvar=|environ\.get\(|environ\[|getenv\()["'](F2RT_[A-Z_]+)["']""", source))
+    assert {"F2RT_CACHE", "F2RT_CONFIG", "F2RT_API_KEY", "F2RT_WAIT"} <= read
+    made(env=dict.fromkeys(read - {"F2RT_ALLOW_UNVERIFIED", "F2RT_POLICY"}, "x"))
+    for name in ("F2RT", "F2RT_GRPC"):
+        port = f"{name}_PORT"
+        made(
+            env={
+                f"{name}_SERVICE_HOST": "10.0.0.1",
+                f"{name}_SERVICE_PORT": "50051",
+                f"{name}_SERVICE_PORT_GRPC": "50051",
+                port: "tcp://10.0.0.1:50051",
+                f"{port}_50051_TCP": "tcp://10.0.0.1:50051",
+                f"{port}_50051_TCP_PROTO": "tcp",
+                f"{port}_50051_TCP_PORT": "50051",
+                f"{port}_50051_TCP_ADDR": "10.0.0.1",
+            }
+        )
 
 
 def test_names_that_toml_wants_escaped_are_read_back(tmp_path: Path) -> None:
@@ -160,3 +212,13 @@ def test_print_config_and_check(bundle: Bundle, tmp_path: Path) -> None:
     refused = f2rt("serve", str(bundle.folder), "--check", "--keys-file", str(tmp_path / "nowhere"))
     assert refused.returncode == 2
     assert "the keys in" in refused.stderr.decode()
+
+
+def test_check_opens_the_shadow_as_well(bundle: Bundle, tmp_path: Path) -> None:
+    checked = f2rt("serve", str(bundle.folder), "--check", "--shadow", f"{bundle.folder}@onnxruntime:fp32")
+    assert checked.returncode == 0, checked.stderr.decode()
+    assert "the shadow of mini: onnxruntime:fp32 reproduces PyTorch's golden vectors" in checked.stdout.decode()
+    for shadow, words in ((str(tmp_path / "nowhere"), "is not there"), (f"{bundle.folder}@x:y", "has no engine 'x:y'")):
+        refused = f2rt("serve", str(bundle.folder), "--check", "--shadow", shadow)
+        assert refused.returncode == 2
+        assert words in refused.stderr.decode()

@@ -217,6 +217,32 @@ def test_wrong_tls_files(bundle: Bundle, tmp_path: Path, files: tuple[str, str])
     assert "Traceback" not in done.stderr.decode()
 
 
+GARBAGE = "-----BEGIN CERTIFICATE-----\nbm8gY2VydGlmaWNhdGU=\n-----END CERTIFICATE-----\n"
+
+
+@pytest.mark.parametrize("case", ["certificate", "key", "another key", "authority"])
+@pytest.mark.parametrize("more", [["--check"], []])
+def test_pem_that_is_none_inside_is_named(
+    bundle: Bundle, certificates: Certificates, tmp_path: Path, case: str, more: list[str]
+) -> None:
+    """In a check and at the start: not as a port that is in use."""
+    c, garbage = certificates, tmp_path / "garbage.pem"
+    garbage.write_text(GARBAGE)
+    cert, key, ca, words = {
+        "certificate": (garbage, c.key, c.ca, f"the TLS certificate {garbage} with the key"),
+        "key": (c.cert, garbage, c.ca, f"with the key {garbage} cannot be used"),
+        "another key": (c.cert, c.client_key, c.ca, f"with the key {c.client_key} cannot be used"),
+        "authority": (c.cert, c.key, garbage, f"the TLS authority {garbage} cannot be used"),
+    }[case]
+    files = ["--tls-cert", str(cert), "--tls-key", str(key), "--tls-client-ca", str(ca)]
+    done = f2rt("serve", str(bundle.folder), "--grpc", "127.0.0.1:0", *files, *more)
+    text = done.stderr.decode()
+    assert done.returncode == 2, text
+    assert words in text
+    assert "in use" not in text
+    assert "Traceback" not in text
+
+
 def test_without_keys_a_reload_comes_from_this_machine_only() -> None:
     assert all(map(_is_local, ("ipv4:127.0.0.1:5", "ipv6:[::1]:5", "ipv6:%5B::1%5D:5", "unix:/run/x.sock", "unix:")))
     assert not any(map(_is_local, ("ipv4:10.0.0.1:5", "ipv6:[fe80::1]:5", "ipv4:128.127.0.1:1", "")))

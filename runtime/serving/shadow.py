@@ -29,12 +29,7 @@ class Shadow:
     ):
         """`tokenizer_sha256` is the model's own. Raises InputError when the two engines cannot see the same ids."""
         self.pipeline = pipeline
-        bundle = pipeline.embedder.bundle
-        if bundle.manifest.tokenizer.sha256 != tokenizer_sha256:
-            raise InputError(
-                f"the shadow engine of {bundle.folder} has another tokenizer than the model {model}.",
-                cure="Compare engines of one checkpoint; for two checkpoints see f2rt diff.",
-            )
+        check_tokenizer(pipeline.embedder.bundle, tokenizer_sha256, model)
         self._model = model
         self._settings = settings
         self._drift = metrics.drift.labels(model)
@@ -86,3 +81,12 @@ class Shadow:
                 reply.fingerprint,
                 self.pipeline.embedder.fingerprint,
             )
+
+
+def check_tokenizer(bundle: Bundle, tokenizer_sha256: str, model: str) -> None:
+    """Raise InputError unless a shadow's bundle has the tokenizer of the model it looks on."""
+    if bundle.manifest.tokenizer.sha256 != tokenizer_sha256:
+        raise InputError(
+            f"the shadow engine of {bundle.folder} has another tokenizer than the model {model}.",
+            cure="Compare engines of one checkpoint; for two checkpoints see f2rt diff.",
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -17,6 +16,7 @@ from runtime.serving.models import Models
 from runtime.settings import ServeSettings, TlsSettings
 from runtime.wire import f2rt_v1, kserve_v2
 from runtime.wire.grpc_calls import Calls
+from runtime.wire.tls import check_tls, read_pem
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -121,19 +121,9 @@ class _Health(health.HealthServicer):  # type: ignore[misc]
 
 
 def _credentials(tls: TlsSettings) -> grpc.ServerCredentials:
+    check_tls(tls)  # what cannot be read would only be a port that cannot be opened
     key, certificate = read_pem(tls.key), read_pem(tls.certificate)
     authority = read_pem(tls.client_ca) if tls.client_ca else None
     return grpc.ssl_server_credentials(
         [(key, certificate)], root_certificates=authority, require_client_auth=authority is not None
     )
-
-
-def read_pem(file: str) -> bytes:
-    """Return the bytes of a PEM file. Raises InputError."""
-    try:
-        data = Path(file).read_bytes()
-    except OSError as error:
-        raise InputError(f"the TLS file {file} cannot be read: {error}.", cure="Give a PEM file.") from error
-    if b"-----BEGIN" not in data:
-        raise InputError(f"the TLS file {file} is not PEM.", cure="Convert it with openssl.")
-    return data

@@ -18,6 +18,7 @@ from runtime.serving.models import Models
 from runtime.settings import ServeSettings
 from runtime.wire.http_app import HttpApp
 from runtime.wire.http_connection import HttpConnection
+from runtime.wire.tls import check_tls
 
 _BACKLOG = 2048
 _KEEP_ALIVE_S = 75
@@ -33,6 +34,8 @@ class HttpServer:
         self.settings = settings
         self._http = HttpApp(models, settings, keys)
         tls = settings.tls
+        if tls is not None:
+            check_tls(tls)
         config = uvicorn.Config(
             self._http.app,
             log_config=None,
@@ -48,12 +51,7 @@ class HttpServer:
             ssl_ca_certs=tls.client_ca or None if tls else None,
             ssl_cert_reqs=ssl.CERT_REQUIRED if tls and tls.client_ca else ssl.CERT_NONE,
         )
-        try:
-            config.load()
-        except (OSError, ssl.SSLError) as error:
-            raise InputError(
-                f"TLS cannot be set up: {error}.", cure="Give the certificate and its key as PEM."
-            ) from error
+        config.load()
         self._server = _Server(config, max(settings.drain_s, _CLOSE_S))
         self._task: asyncio.Task[None] | None = None
 
