@@ -9,6 +9,7 @@ import logging
 import resource
 import signal
 import sys
+import threading
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
@@ -123,8 +124,12 @@ async def run(
     settings: ServeSettings,
     *,
     started: Callable[[str, str], None] = lambda grpc, http: None,
+    reload_asked: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Serve until SIGTERM or SIGINT; SIGHUP reloads. `started` is told the addresses once the server answers."""
+    """Serve until SIGTERM or SIGINT; SIGHUP reloads. `started` is told the addresses once the server answers.
+
+    `reload_asked`: whether a SIGHUP came before there was anything to reload.
+    """
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -133,6 +138,8 @@ async def run(
     server = Server(models, settings)
     loop.add_signal_handler(signal.SIGHUP, server.reload)
     started(*await server.start())
+    if reload_asked():
+        server.reload()
     await stopping.wait()
     log.info("draining")
     await server.stop()
@@ -192,6 +199,9 @@ def serve(
     Raises BundleError, UnverifiedError, NotFoundError, EngineError or InputError before anything listens.
     """
     configure(log_style)
+    # By default SIGHUP ends a process. One that comes while engines load means files newer than those being read.
+    early = threading.Event()
+    signal.signal(signal.SIGHUP, lambda number, frame: early.set())
     sys.setswitchinterval(_SWITCH_S)
     keep_little()
     _allow_connections(settings.max_connections * (2 if settings.http_address else 1))  # each port counts its own
@@ -209,7 +219,8 @@ def serve(
         names = ", ".join(m.name + _unverified(one) for m, one in zip(models, proven, strict=True))
         log.info("serving %s on %s, fingerprint %s", names, grpc, first.fingerprint)
 
-    asyncio.run(run(list(zip(models, proven, strict=True)), engine, settings, started=started))
+    named = list(zip(models, proven, strict=True))
+    asyncio.run(run(named, engine, settings, started=started, reload_asked=early.is_set))
     log.info("stopped")
 
 

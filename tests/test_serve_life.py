@@ -80,6 +80,27 @@ def test_sigterm_waits_for_a_caller_who_reads_slowly(bundle: Bundle) -> None:
     assert not any("Traceback" in line or "ERROR" in line for line in server.log), server.log
 
 
+class Impatient(ServerProcess):
+    """Gets a SIGHUP as soon as its engine is proven, long before it listens."""
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in iter(self.process.stderr.readline, ""):
+            self.log.append(line.rstrip("\n"))
+            if "reproduces PyTorch" in line:
+                self.process.send_signal(signal.SIGHUP)
+                break
+        super()._read()
+
+
+def test_sighup_before_it_serves_reloads_once_it_does(bundle: Bundle) -> None:
+    with Impatient(bundle.folder) as server:
+        server.wait_for_line("mini switched from")
+        with server.client() as client:
+            client.embed(["a"])
+        assert server.stop() == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_idle_server_stops_at_once_even_while_watched(bundle: Bundle, number: signal.Signals) -> None:
     with ServerProcess(bundle.folder) as server, grpc.insecure_channel(server.address) as channel:

@@ -1,6 +1,7 @@
 """API keys from a file: several at a time, compared in constant time, read again on demand. Never logged.
 
-One key a line; `NAME:KEY` gives it a name for the log; lines that start with # are comments. At least 16 characters.
+One key a line; in `NAME:KEY` the name is for those who keep the file, and is not read; lines that start with # are
+comments. At least 16 characters.
 """
 
 from __future__ import annotations
