@@ -17,7 +17,7 @@ import pytest
 
 from runtime.bundle import Bundle
 from runtime.embedder import Embedder, open_embedder
-from runtime.wire import http_app, http_connection
+from runtime.wire import http_body, http_connection
 from tests.http_client import client_of, refused, sending, talk, vectors_of
 from tests.serving_in_process import InProcess, held, wait_until
 
@@ -55,10 +55,40 @@ def test_half_sent_requests_hold_nobody_up(served: InProcess, web: httpx.Client)
 
 
 def test_408_for_a_body_that_stops_coming(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_app, "_SILENCE_S", 0.05)
+    monkeypatch.setattr(http_body, "_SILENCE_S", 0.05)
     with InProcess(open_embedder(bundle), http=True) as server, talk(server) as peer:
         peer.send(b'POST /v1/embeddings HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{"input": ')
         assert peer.recv(12) == b"HTTP/1.1 408"
+
+
+def test_503_for_large_bodies_beyond_those_that_are_read_at_a_time(bundle: Bundle) -> None:
+    limit = 100_000
+    large = b'{"input": "%s"}' % (b"a" * 90_000)
+    head = b"POST /v1/embeddings HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % limit
+    with (
+        InProcess(open_embedder(bundle), http=True, max_message_bytes=limit) as server,
+        client_of(server) as client,
+    ):
+
+        def ask(body: bytes) -> httpx.Response:
+            return client.post("/v1/embeddings", content=body, headers={"content-type": "application/json"})
+
+        assert server.server._http is not None
+        bodies = server.server._http._http._bodies
+        with contextlib.ExitStack() as stack:
+            for _ in range(16):
+                stack.enter_context(talk(server)).sendall(head + large)  # all but its end
+            wait_until(lambda: bodies.held == 16 * len(large))
+            assert ask(large).status_code == 200  # there is room for 16 of the largest, and these are smaller
+            stack.enter_context(talk(server)).sendall(head + large)
+            wait_until(lambda: bodies.held == 17 * len(large))
+            answer = ask(large)
+            refused(answer, 503, "being read have .* bytes; the limit is 1600000")
+            assert answer.headers["retry-after"] == "1"
+            assert ask(b'{"input": "small"}').status_code == 200
+        wait_until(lambda: bodies.held == 0)
+        assert ask(large).status_code == 200
+        assert server.metric("f2rt_requests_total", model="", protocol="http", status="UNAVAILABLE") == 1
 
 
 def said_by(peer: socket.socket) -> httpx.Response:

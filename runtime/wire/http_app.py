@@ -21,13 +21,14 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
 import runtime
-from runtime.errors import AccessError, F2rtError, InputError, OverloadedError, TooLargeError
+from runtime.errors import AccessError, F2rtError, InputError, OverloadedError, UnavailableError
 from runtime.serving.access import Keys
 from runtime.serving.metrics import CONTENT_TYPE
 from runtime.serving.model import Model
 from runtime.serving.models import Models, request_id
 from runtime.settings import ServeSettings
 from runtime.wire import openai_v1
+from runtime.wire.http_body import Bodies
 from runtime.wire.openapi import describe, page
 
 log = logging.getLogger("f2rt.http")
@@ -35,7 +36,6 @@ log = logging.getLogger("f2rt.http")
 _DECODED_IN_LOOP = 1 << 16  # bytes
 _ENCODED_IN_LOOP = 1 << 16  # values
 _MOST_TIMEOUT_S = 24 * 3600.0
-_SILENCE_S = 30.0  # in the middle of a body
 _ID = "x-request-id"
 _NUMBER = re.compile(r"[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 
@@ -49,6 +49,7 @@ class HttpApp:
         self._models = models
         self._settings = settings
         self._keys = keys
+        self._bodies = Bodies(settings.max_message_bytes)
         self._created = int(time.time())
         self._open = 0
         self._idle = asyncio.Event()
@@ -84,7 +85,8 @@ class HttpApp:
         """POST /v1/embeddings."""
         own_id = _id(request)
         deadline_s = _deadline(request)
-        wanted = await self._decoded(await self._body(request))
+        with self._bodies.held_by() as body:
+            wanted = await self._decoded(await body.read(request))
         # The model's own facts decide what token ids and prompts mean.
         model = self._models.get(wanted.model or "")
         contract = model.embedder.contract
@@ -102,12 +104,12 @@ class HttpApp:
             return openai_v1.encode_reply(wanted, call, reply, model.name)
 
         small = reply.vectors.size <= _ENCODED_IN_LOOP
-        body = encode() if small else await model.pipeline.in_thread(encode)
+        answer = encode() if small else await model.pipeline.in_thread(encode)
         headers = {_ID: own_id, "x-f2rt-fingerprint": reply.fingerprint}
         truncated = sum(item.truncated for item in reply.items)
         if truncated:
             headers["x-f2rt-truncated"] = str(truncated)
-        return Response(body, media_type="application/json", headers=headers)
+        return Response(answer, media_type="application/json", headers=headers)
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models."""
@@ -184,32 +186,6 @@ class HttpApp:
                     self._idle.set()
 
         return answer
-
-    async def _body(self, request: Request) -> bytes:
-        """Read the body within the limit. Raises TooLargeError, InputError."""
-        limit = self._settings.max_message_bytes
-        if request.headers.get("content-encoding", "identity").lower() != "identity":
-            raise HTTPException(415, "the body is compressed. Send it as it is.")
-        kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-        if kind != "application/json":
-            raise HTTPException(415, f"the body is {kind[:60]!r}. Send application/json.")
-        announced = request.headers.get("content-length", "")
-        if announced.isdecimal() and int(announced) > limit:
-            raise _too_large(int(announced), limit)
-        parts: list[bytes] = []
-        size = 0
-        stream = request.stream()
-        while True:
-            try:
-                part = await asyncio.wait_for(anext(stream, None), _SILENCE_S)
-            except TimeoutError as error:
-                raise HTTPException(408, f"the rest of the body did not come within {_SILENCE_S:g} s.") from error
-            if part is None:
-                return b"".join(parts)
-            size += len(part)
-            if size > limit:
-                raise _too_large(size, limit)
-            parts.append(part)
 
     async def _decoded(self, body: bytes) -> openai_v1.EmbeddingsRequest:
         """Decode a body, a large one on another thread. Raises InputError."""
@@ -295,13 +271,11 @@ def _error(error: F2rtError, own_id: str) -> Response:
             "retry-after": str(math.ceil(error.retry_after_s)),
             "retry-after-ms": str(int(1e3 * error.retry_after_s)),
         }
+    if isinstance(error, UnavailableError):
+        headers["retry-after"] = "1"
     if isinstance(error, AccessError):
         headers |= {"www-authenticate": "Bearer"}
     return Response(body, status, headers, media_type="application/json")
-
-
-def _too_large(size: int, limit: int) -> TooLargeError:
-    return TooLargeError(f"the body has {size} bytes or more; the limit is {limit}.", cure="Split the request.")
 
 
 async def _refused(request: Request, error: Exception) -> Response:

@@ -39,7 +39,10 @@ def describe(version: str, models: Mapping[str, Contract], limits: Limits, *, ne
             ("415", "The body is not JSON, or compressed"),
             ("429", "Full: Retry-After says when to come back"),
             ("500", "The engine failed"),
-            ("503", "Not ready, or shutting down"),
+            (
+                "503",
+                "Not ready, shutting down, or reading as many bodies as it takes: Retry-After says when to come back",
+            ),
             ("504", "Not to be answered within X-Request-Timeout"),
         )
     }
