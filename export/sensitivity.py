@@ -8,6 +8,7 @@ different groups are nearly independent, so impacts add up.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from export.config import EncoderConfig
 from export.int8 import Grid, ReadMatrix, round_rows
 from export.probe import Streams, layer_part, open_part
+from runtime.errors import EngineError
 
 Progress = Callable[[str, int, int], None]
 
@@ -25,6 +27,11 @@ TEXT_TOKENS = 256
 TOTAL_TOKENS = 4096
 # A group is worth its exclusion when it makes this many times its share of the work in error.
 WORTH = 1.5
+# A row of the residual stream counts at least as if it had this part of the usual squared length: what is done to a
+# row of zeros would otherwise be divided by nothing. Small, so that only such rows are touched, and of the median,
+# since the first tokens of large models are a thousand times longer than all others.
+_LEAST_PART = 1e-6
+_NOTHING = 1e-30
 
 
 def choose_texts(sequences: Sequence[Sequence[int]]) -> list[Sequence[int]]:
@@ -44,7 +51,8 @@ def impacts(
 ) -> dict[str, float]:
     """Return the impact of each grid's group, by the name of its input.
 
-    `graph` is the fp32 graph, `read(name)` gives a weight, float32 [out, in]. Raises EngineError when it does not run.
+    `graph` is the fp32 graph, `read(name)` gives a weight, float32 [out, in]. Raises EngineError when it does not run,
+    or when what comes out is not finite.
     """
     found: dict[str, float] = {}
     ids = [np.array([s], np.int64) for s in sequences]
@@ -60,7 +68,7 @@ def impacts(
             part = layer_part(graph, [start], [end])
             round_group(part, grid, read)
             rounded = _run(graph, part, start, ids, streams)
-            found[grid.group.input] = _impact(following, rounded)
+            found[grid.group.input] = _finite(_impact(following, rounded), grid.group.input)
         streams = following
     progress("INT8: sensitivity", config.layers, config.layers)
     return found
@@ -139,4 +147,16 @@ def _run(graph: Path, part: ir.Graph, start: str, ids: Sequence[NDArray[np.int64
 def _impact(true: Streams, found: Streams) -> float:
     rows = np.concatenate([t[0] for t in true]).astype(np.float64)
     difference = np.concatenate([f[0] for f in found]) - rows
-    return float(((difference * difference).sum(axis=1) / (rows * rows).sum(axis=1)).mean())
+    lengths = (rows * rows).sum(axis=1)
+    least = max(_LEAST_PART * float(np.median(lengths)), _NOTHING)
+    return float(((difference * difference).sum(axis=1) / np.maximum(lengths, least)).mean())
+
+
+def _finite(impact: float, name: str) -> float:
+    """Return an impact, which is compared and kept: one that is not finite would leave out nothing, or everything."""
+    if not math.isfinite(impact):
+        raise EngineError(
+            f"rounding {name} to INT8 changes its layer's output by {impact}: that is no finite number.",
+            cure="Look for values that are not finite in the checkpoint; without any, report it.",
+        )
+    return impact

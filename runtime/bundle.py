@@ -320,8 +320,20 @@ def record_file(root: Path, file: str, *, sha256: str | None = None) -> FileReco
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write manifest.json atomically: it is the commit point of every change to a bundle. Raises OutputError."""
-    write_atomic(folder / MANIFEST, msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
+    """Write manifest.json atomically: it is the commit point of every change to a bundle.
+
+    Raises OutputError, and BundleError for a manifest that could not be read again: a number that is not finite becomes
+    null in JSON. Nothing is written then, so it takes the place of no good one.
+    """
+    data = msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
+    try:
+        msgspec.json.decode(data, type=Manifest)
+    except msgspec.DecodeError as error:
+        raise BundleError(
+            f"{folder / MANIFEST} was not written, since it could not be read again: {error}. Nothing was changed.",
+            cure="Report it, with the checkpoint and the command.",
+        ) from error
+    write_atomic(folder / MANIFEST, data)
 
 
 def open_bundle(folder: Path, *, golden_too: bool = True) -> Bundle:
