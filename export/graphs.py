@@ -20,6 +20,7 @@ from export.encoder import OPSET, build_encoder
 from export.external_data import DataLayout, write
 from export.foreign import ForeignGraph
 from export.int8 import QuantizationPlan
+from export.lock import Wait
 from export.plans import write_plan
 from export.precision import Precision
 from export.probe import probe
@@ -56,6 +57,7 @@ def write_graphs(
     kept: Mapping[str, GraphRecord],
     int8_budget: float,
     tell: Callable[[str], None] = lambda line: None,
+    wait: Wait = Wait(),
 ) -> list[GraphRecord]:
     """Return the graphs of all precisions: those of `kept`, whose files are under `root`, and the others written there.
 
@@ -64,7 +66,7 @@ def write_graphs(
     if not set(precisions) - {Precision.FP32} - set(kept):
         return [kept.get(p) or write_graph(checkpoint, root, p, progress) for p in precisions]
     fp32 = kept.get(Precision.FP32) or write_graph(checkpoint, root, Precision.FP32, progress)
-    measured = measure(checkpoint, root, fp32, texts, progress)
+    measured = measure(checkpoint, root, fp32, texts, progress, wait)
     tell(f"calibration: {measured.summary(checkpoint.contract.max_tokens)}")
     if Precision.INT8 in precisions and len(texts) < _FEW_TEXTS:
         tell(
@@ -114,7 +116,12 @@ class Measured:
 
 
 def measure(
-    checkpoint: Checkpoint, root: Path, fp32: GraphRecord, texts: Sequence[Text], progress: Progress
+    checkpoint: Checkpoint,
+    root: Path,
+    fp32: GraphRecord,
+    texts: Sequence[Text],
+    progress: Progress,
+    wait: Wait = Wait(),
 ) -> Measured:
     """Probe the fp32 graph on `texts`. Raises InputError, EngineError, OutputError."""
     contract = checkpoint.contract
@@ -128,6 +135,7 @@ def measure(
         checkpoint.config,
         sequences,
         progress=lambda label, done, total: progress(Step(label, total), done),
+        wait=wait,
     )
     return Measured(sequences, statistics, sum(item.truncated for item in items))
 

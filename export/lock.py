@@ -33,15 +33,16 @@ class Wait:
 
 
 @contextlib.contextmanager
-def bundle_lock(folder: Path, command: str, wait: Wait = Wait()) -> Iterator[None]:
+def bundle_lock(folder: Path, command: str, wait: Wait = Wait(), doing: str = "changing") -> Iterator[None]:
     """Hold the lock of the bundle at `folder`, which need not exist yet, as `command`.
 
-    Raises OutputError when another process holds it for longer than `wait` allows, or the place cannot be written.
+    Any folder can be held so; `doing` is the word for what its owner does to it. Raises OutputError when another
+    process holds it for longer than `wait` allows, or the place cannot be written.
     """
     folder = folder.resolve()
     with explain_write_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        path, descriptor = _acquire(folder, command, wait)
+        path, descriptor = _acquire(folder, command, wait, doing)
     try:
         yield
     finally:
@@ -52,7 +53,7 @@ def bundle_lock(folder: Path, command: str, wait: Wait = Wait()) -> Iterator[Non
         os.close(descriptor)
 
 
-def _acquire(folder: Path, command: str, wait: Wait) -> tuple[Path, int]:
+def _acquire(folder: Path, command: str, wait: Wait, doing: str) -> tuple[Path, int]:
     """Return the locked path and its descriptor."""
     start = time.monotonic()
     told = False
@@ -78,7 +79,7 @@ def _acquire(folder: Path, command: str, wait: Wait) -> tuple[Path, int]:
                 cure="Let it finish, or stop it, and run this again; --wait SECONDS waits longer.",
             )
         if not told:
-            wait.tell(f"waiting for {owner or 'another f2rt'}, which is changing {folder}")
+            wait.tell(f"waiting for {owner or 'another f2rt'}, which is {doing} {folder}")
             told = True
         time.sleep(_POLL_S)
 

@@ -81,7 +81,7 @@ def export_bundle(
     request = _Request(precisions, calibration, int8_budget, foreign, force)
     cure = "Free memory, or give fewer or shorter --calibration texts: their states and one layer's weights must fit."
     with bundle_lock(folder, "f2rt export", wait), explain_memory_errors(f"export to {folder}", cure):
-        return _export(checkpoint, folder, request, progress, tell)
+        return _export(checkpoint, folder, request, progress, tell, wait)
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,12 @@ class _Request:
 
 
 def _export(
-    checkpoint: Checkpoint, folder: Path, request: _Request, progress: Progress, tell: Callable[[str], None]
+    checkpoint: Checkpoint,
+    folder: Path,
+    request: _Request,
+    progress: Progress,
+    tell: Callable[[str], None],
+    wait: Wait,
 ) -> Bundle:
     _check_target(folder)
     precisions, calibration, foreign = request.precisions, request.calibration, request.foreign
@@ -123,7 +128,7 @@ def _export(
         if foreign is None:
             already = {g.precision: g for g in kept}
             budget = request.int8_budget
-            graphs = write_graphs(checkpoint, staging, precisions, progress, texts, already, budget, tell)
+            graphs = write_graphs(checkpoint, staging, precisions, progress, texts, already, budget, tell, wait)
         else:
             graphs = [adopt_graph(checkpoint, foreign, staging, progress)]
         graphs = [replace(g, inputs=d.inputs) for g, d in zip(graphs, decisions, strict=True)]

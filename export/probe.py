@@ -2,7 +2,8 @@
 
 It executes the very graph that parity proves against PyTorch, cut between layers, so it needs the memory of one layer
 and of the texts' residual streams, never of the model. Each text runs alone, unpadded: there are no pads to exclude.
-What a layer found is kept in a cache under the hash of weights and texts; an interrupted probe resumes.
+What a layer found is kept in a cache under the hash of weights and texts; an interrupted probe resumes, and of two that
+measure the same the second waits and reads what the first one found.
 
 Of each matrix product's input some rows are kept as well, for choosing INT8 scales on: of every text the last token,
 the row with the largest magnitude, and a few others.
@@ -26,9 +27,10 @@ from calibration.statistics import Rows, Statistics, merge, pack, pack_rows, per
 from export.cache import explain_cache_errors
 from export.config import EncoderConfig
 from export.encoder import IR_VERSION
+from export.lock import Wait, bundle_lock
 from runtime.engines.onnxruntime import session_options
 from runtime.errors import EngineError, InputError
-from runtime.files import cache_folder, explain_write_errors, write_atomic
+from runtime.files import atomic_file, cache_folder, explain_write_errors, write_atomic
 
 Progress = Callable[[str, int, int], None]
 Streams = list[NDArray[np.float32]]
@@ -57,6 +59,7 @@ _POOLED = frozenset(_LAYER_TENSORS) - {
     *("input_layernorm", "self_attn.k_proj", "self_attn.v_proj", "self_attn.k_norm.rotary"),
 }
 POSITIONS = "probe.positions"
+_STATISTICS = "statistics.npz"
 _SAMPLED_TOKENS = 3  # of each text: the last one and two others
 _KEPT_PEAKS = 64
 _KEPT_VALUES = 4 << 20  # of one tensor: 8 MB on disk
@@ -70,28 +73,46 @@ def probe(
     *,
     cache: Path | None = None,
     progress: Progress = lambda label, done, total: None,
+    wait: Wait = Wait(),
 ) -> Statistics:
     """Measure the fp32 graph on token id sequences (EOS included).
 
     `graph_sha256` names graph and weights in the cache. Raises InputError for no sequences, EngineError when the graph
-    does not run or a value is not finite, OutputError when the cache cannot be written.
+    does not run or a value is not finite, OutputError when the cache cannot be written, or when another process that
+    measures the same takes longer than `wait` allows.
     """
     if not sequences:
         raise InputError("there are no calibration texts.", cure="Give at least one.")
     folder = (cache or cache_folder()) / "probe" / _key(graph_sha256, sequences)
-    finished = folder / "statistics.npz"
-    known = _read(finished) if all(_has_rows(folder, layer) for layer in range(config.layers)) else None
+    known = _finished(folder, config)
     if known is None:
-        with explain_cache_errors(), explain_write_errors(folder):
-            finished.unlink(missing_ok=True)
-            try:
-                known = _Probe(graph, config, sequences, folder, progress).statistics()
-            except _DamagedError:
-                shutil.rmtree(folder)
-                known = _Probe(graph, config, sequences, folder, progress).statistics()
-            write_atomic(finished, pack(known))
-        shutil.rmtree(folder / "layers", ignore_errors=True)
+        with bundle_lock(folder, "f2rt export", wait, "measuring activations for"):
+            # Whoever held the lock before may have done it.
+            known = _finished(folder, config) or _measure(graph, config, sequences, folder, progress)
     return replace(known, rows_folder=folder / "rows")
+
+
+def _finished(folder: Path, config: EncoderConfig) -> Statistics | None:
+    """Return what a probe found that ran to its end, or None."""
+    whole = all(_has_rows(folder, layer) for layer in range(config.layers))
+    return _read(folder / _STATISTICS) if whole else None
+
+
+def _measure(
+    graph: Path, config: EncoderConfig, sequences: Sequence[Sequence[int]], folder: Path, progress: Progress
+) -> Statistics:
+    """Run the probe, going on from what an interrupted one left in `folder`. Its lock is held."""
+    finished = folder / _STATISTICS
+    with explain_cache_errors(), explain_write_errors(folder):
+        finished.unlink(missing_ok=True)
+        try:
+            known = _Probe(graph, config, sequences, folder, progress).statistics()
+        except _DamagedError:
+            shutil.rmtree(folder)
+            known = _Probe(graph, config, sequences, folder, progress).statistics()
+        write_atomic(finished, pack(known))
+    shutil.rmtree(folder / "layers", ignore_errors=True)
+    return known
 
 
 def _has_rows(folder: Path, layer: int) -> bool:
@@ -225,12 +246,8 @@ class _Probe:
         """Keep the residual streams of all texts, one below the other: float32 [tokens, hidden]."""
         if index == self._config.layers - 1:
             return
-        path = self._streams_file(index)
-        temporary = path.with_suffix(".part.npy")
-        with explain_write_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            np.save(temporary, np.concatenate([s[0] for s in streams]))
-            temporary.replace(path)
+        with atomic_file(self._streams_file(index)) as file:
+            np.save(file, np.concatenate([s[0] for s in streams]))
 
     def _read_streams(self, index: int) -> Streams:
         try:

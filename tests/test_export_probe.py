@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +13,12 @@ import torch
 
 from calibration.statistics import percentiles_of
 from export.checkpoint import Checkpoint
+from export.lock import Wait, bundle_lock
 from export.probe import probe
 from export.reference import Reference
 from runtime.bundle import Bundle
-from runtime.errors import InputError
+from runtime.errors import InputError, OutputError
+from tests.serving import ROOT
 
 SEQUENCES = [[11, 12, 13, 15986], [200, 15986], [*list(range(300, 340)), 15986]]
 
@@ -149,3 +153,61 @@ def test_percentiles_come_from_the_texts(bundle: Bundle, checkpoint: Checkpoint,
         assert (np.diff(values, axis=0) >= 0).all(), name
         assert (values <= statistics.absmax(name) * 1.01 + 1e-6).all(), name
         assert values.max() > 0, name
+
+
+WAITING = """
+import sys, time
+from pathlib import Path
+from export.checkpoint import Checkpoint
+from export.hub import locate
+from export.lock import Wait
+from export.lock import Wait, bundle_lock
+from export.probe import probe
+graph, model, cache, slow = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), sys.argv[4] == "slow"
+def progress(label, done, total):
+    print(label, flush=True)
+    while slow and label == "probe: layer 1" and not (cache / "go on").exists():
+        time.sleep(0.02)
+config = Checkpoint.open(locate(model)).config
+sequences = [[11, 12, 13, 15986], [200, 15986]]
+wait = Wait(120, lambda line: print(line, flush=True))
+probe(graph, "x", config, sequences, cache=cache, progress=progress, wait=wait)
+print("done", flush=True)
+"""
+
+
+def test_the_second_of_two_at_once_waits_and_reads_what_the_first_found(
+    bundle: Bundle, mini: Path, tmp_path: Path
+) -> None:
+    def start(pace: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", WAITING, str(bundle.path("graphs/fp32.onnx")), str(mini), str(tmp_path), pace]
+        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    first = start("slow")
+    assert first.stdout is not None
+    while (line := first.stdout.readline()) != "probe: layer 1\n":
+        assert line, first.wait()
+    second = start("fast")
+    assert second.stdout is not None
+    told = second.stdout.readline()
+    (tmp_path / "go on").touch()
+    rest = second.communicate(timeout=120)[0]
+    assert first.communicate(timeout=120)[0].endswith("done\n")
+    assert told.startswith(f"waiting for f2rt export (process {first.pid} on "), told + rest
+    assert "which is measuring activations for " in told
+    assert rest == "done\n"
+    (folder,) = (tmp_path / "probe").iterdir()
+    assert sorted(p.name for p in folder.iterdir()) == ["rows", "statistics.npz"]
+
+
+def test_what_is_finished_is_read_from_a_cache_that_another_holds(
+    bundle: Bundle, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    graph = bundle.path("graphs/fp32.onnx")
+    probe(graph, "x", checkpoint.config, SEQUENCES, cache=tmp_path)
+    (folder,) = (tmp_path / "probe").iterdir()
+    with bundle_lock(folder, "a test"):
+        probe(graph, "x", checkpoint.config, SEQUENCES, cache=tmp_path, wait=Wait(0))
+        (folder / "statistics.npz").unlink()
+        with pytest.raises(OutputError, match=r"probe/.* is being changed by a test .*waited 0 s"):
+            probe(graph, "x", checkpoint.config, SEQUENCES, cache=tmp_path, wait=Wait(0))
