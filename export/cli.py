@@ -57,6 +57,7 @@ def export_command(
         from export import foreign
         from export.checkpoint import Checkpoint
         from export.hub import locate
+        from export.own_texts import require_prompts
         from export.pipeline import export_bundle
         from export.precision import Precision, parse_precisions
         from export.quantize import DEFAULT_BUDGET
@@ -77,6 +78,8 @@ def export_command(
             foreign.find_graph(from_onnx)
             model = foreign.checkpoint_of(from_onnx)
         checkpoint = Checkpoint.open(locate(str(model), revision))
+        if calibration is not None and texts is not None:
+            require_prompts(calibration, texts, checkpoint.contract.prompts)
         if from_onnx is not None:
             given = foreign.open_foreign(from_onnx, checkpoint.config)
             foreign.require_precision(given, precisions if precision else [])

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.texts import Text
+from export.own_texts import missing_prompts
 from runtime.embedder import Embedder
 from runtime.errors import EngineError, InputError, OverloadedError
 from runtime.tokenizer import Instruction, Truncate
@@ -66,7 +67,7 @@ def embed_here(embedder: Embedder, texts: Sequence[Text], progress: Progress) ->
         vectors[rows] = embedder.infer(items)
         done += len(rows)
     progress(done, len(texts))
-    return Embedded(vectors, tokens, _missing(texts, prompts), [embedder.fingerprint])
+    return Embedded(vectors, tokens, missing_prompts(texts, prompts), [embedder.fingerprint])
 
 
 def embed_there(
@@ -104,7 +105,7 @@ def embed_there(
         done += len(rows)
     progress(done, len(texts))
     assert vectors is not None
-    return Embedded(vectors, tokens, _missing(texts, info.prompts), fingerprints)
+    return Embedded(vectors, tokens, missing_prompts(texts, info.prompts), fingerprints)
 
 
 def ask(client: EmbeddingClient, texts: Sequence[str], instruction: Instruction, *, model: str = "") -> EmbedAnswer:
@@ -129,14 +130,6 @@ def ask(client: EmbeddingClient, texts: Sequence[str], instruction: Instruction,
 def _instruction(prompt: str | None, prompts: Collection[str]) -> Instruction:
     """Return what a text's prompt means where these prompts are known; no prompt at all for an unknown one."""
     return Instruction(prompt_name=prompt) if prompt is None or prompt in prompts else Instruction(prompt="")
-
-
-def _missing(texts: Sequence[Text], prompts: Collection[str]) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for text in texts:
-        if text.prompt is not None and text.prompt not in prompts:
-            found[text.prompt] = found.get(text.prompt, 0) + 1
-    return found
 
 
 def _chunks(texts: Sequence[Text], most: int) -> Iterator[list[int]]:

@@ -21,6 +21,7 @@ from export.external_data import DataLayout, write
 from export.foreign import ForeignGraph
 from export.int8 import QuantizationPlan
 from export.lock import Wait
+from export.own_texts import missing_prompts
 from export.plans import write_plan
 from export.precision import Precision
 from export.probe import probe
@@ -68,6 +69,8 @@ def write_graphs(
     fp32 = kept.get(Precision.FP32) or write_graph(checkpoint, root, Precision.FP32, progress)
     measured = measure(checkpoint, root, fp32, texts, progress, wait)
     tell(f"calibration: {measured.summary(checkpoint.contract.max_tokens)}")
+    for prompt, count in missing_prompts(texts, checkpoint.contract.prompts).items():
+        tell(f"notice: the checkpoint has no prompt {prompt!r}: {count} calibration texts were taken without one")
     if Precision.INT8 in precisions and len(texts) < _FEW_TEXTS:
         tell(
             f"notice: INT8 ranges from {len(texts)} texts leave out what those do not show, and single texts can come "

@@ -1,8 +1,9 @@
-"""The user's own texts for a comparison: read, and refused where they would say less than they seem to."""
+"""The user's own texts, for a comparison or for calibration: refused where they would say less than they seem to."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from calibration.texts import Text, read_texts
@@ -44,3 +45,24 @@ def read_own_texts(path: Path, besides: Sequence[Text]) -> list[Text]:
             cure="Keep one of each: a text that counts twice only weighs more.",
         )
     return texts
+
+
+def require_prompts(path: Path, texts: Sequence[Text], prompts: Collection[str]) -> None:
+    """Refuse texts of a user's file that name a prompt the checkpoint does not have: they would be taken without one.
+
+    Raises InputError that names the first such text, counts them, and says which prompts there are.
+    """
+    lost = [text for text in texts if text.prompt is not None and text.prompt not in prompts]
+    if lost:
+        known = ", ".join(map(repr, sorted(prompts)))
+        cure = f"Name one of its prompts ({known}), or leave" if known else "It has no prompts: leave"
+        raise InputError(
+            f"{path}: {len(lost)} of {len(texts)} texts name a prompt that the checkpoint does not have; the first is "
+            f"{lost[0].id!r}, with {lost[0].prompt!r}.",
+            cure=f"{cure} the field out.",
+        )
+
+
+def missing_prompts(texts: Sequence[Text], prompts: Collection[str]) -> dict[str, int]:
+    """Return how many texts name each prompt that there is none of."""
+    return dict(sorted(Counter(t.prompt for t in texts if t.prompt is not None and t.prompt not in prompts).items()))

@@ -64,12 +64,16 @@ def parity_command(
         if bundle is None:
             raise InputError("there is no bundle to compare.", cure="Name its folder: f2rt parity BUNDLE")
         from calibration.texts import verification_texts
-        from export.own_texts import read_own_texts
+        from export.own_texts import read_own_texts, require_prompts
         from export.prove import look_again, prove_bundle
         from export.report.files import DERIVED_FILES, write_derived
+        from runtime.bundle import read_manifest
 
         shipped = verification_texts()
-        own = read_own_texts(texts, shipped) if texts else []
+        own: list[Text] = []
+        if texts is not None:
+            own = read_own_texts(texts, shipped)
+            require_prompts(texts, own, read_manifest(bundle).contract.prompts)
         screen = console.out()
         lines: list[str] = []
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -116,6 +117,40 @@ def test_calibration_that_is_the_verification(tiny: Tiny) -> None:
     assert status == 2
     assert "1 of 7 texts belong to the verification set" in output
     tiny.assert_intact()
+
+
+@pytest.mark.parametrize("verb", ["export", "parity"])
+def test_a_misspelt_prompt_is_named(tiny: Tiny, verb: str) -> None:
+    """It would be no prompt at all, and the ranges or the verdict those of other vectors."""
+    lines = [
+        Text("a", "one text", prompt="query"),
+        Text("b", "another", prompt="Query"),
+        Text("c", "third", prompt="x"),
+    ]
+    tiny.texts.write_bytes(write_lines(lines))
+    if verb == "export":
+        status, output = tiny.export()
+    else:
+        done = CliRunner().invoke(app, ["parity", str(tiny.folder), "--texts", str(tiny.texts)])
+        status, output = done.exit_code, done.output.replace("\n", " ")
+    assert status == 2
+    assert "2 of 3 texts name a prompt that the checkpoint does not have; the first is 'b', with 'Query'" in output
+    assert "Name one of its prompts ('document', 'query'), or leave the field out" in output
+    tiny.assert_intact()
+
+
+def test_shipped_texts_serve_a_checkpoint_without_their_prompts(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tiny.checkpoint / "config_sentence_transformers.json").unlink()
+    shipped = [replace(text, prompt="query") for text in TEXTS]
+    monkeypatch.setattr("export.pipeline.calibration_texts", lambda: shipped)
+    status, output = tiny.export(calibrated=False)
+    assert status == 0, output
+    told = f"notice: the checkpoint has no prompt 'query': {len(TEXTS)} calibration texts were taken without one"
+    assert told in " ".join(output.split())
+    tiny.texts.write_bytes(write_lines(shipped))
+    status, output = tiny.export()
+    assert status == 2
+    assert "It has no prompts: leave the field out" in output
 
 
 def test_text_longer_than_the_model_is_cut_and_counted(tiny: Tiny) -> None:
