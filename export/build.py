@@ -12,8 +12,10 @@ from pathlib import Path
 
 import runtime
 from export.builder import (
+    BUILD_RULES,
     ONNXRUNTIME_CUDA,
     PRECISIONS,
+    RULES_NAME,
     Target,
     build_engine,
     check_backend,
@@ -87,7 +89,7 @@ def _add_engine(
     version = library_version(backend)
     place = resolve_target(backend, target)
     old = _find(bundle, f"{backend}:{precision}", place.name)
-    reason = _stale(bundle, old, graph, backend, version, profiles)
+    reason = _stale(bundle, old, graph, backend, version, profiles, place)
     if old is not None and reason is None:
         _remove_strays(bundle, bundle.path(old.file).parent)
         return Outcome(old, False, UNCHANGED)
@@ -254,14 +256,24 @@ def _stale(
     backend: str,
     version: str,
     profiles: Sequence[Profile],
+    place: Target,
 ) -> str | None:
-    """Return why an engine must be built again, or None."""
+    """Return why an engine must be built again, or None.
+
+    A plan for the GPU at hand was chosen by what that GPU and its driver did, so their versions count as well.
+    """
     if old is None:
         return "the bundle had none"
     if old.graph_sha256 != graph.key:
         return "the graph changed"
     if old.builder.get(backend) != version:
         return f"{backend} is {version} now, it was {old.builder.get(backend)}"
+    rules = old.builder.get(RULES_NAME, "rules not recorded")
+    if rules != str(BUILD_RULES):
+        return f"this f2rt builds by other rules ({BUILD_RULES}) than the one that made it ({rules})"
+    for name, now in place.facts.items():
+        if old.builder.get(name) != now:
+            return f"the {name} is {now} now, it was {old.builder.get(name, 'not recorded')}"
     if old.profiles != [str(p) for p in profiles]:
         return "the profiles changed"
     path = bundle.path(old.file)

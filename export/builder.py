@@ -32,6 +32,10 @@ if TYPE_CHECKING:  # without the library installed these are Any; the tests chec
     import tensorrt_rtx
 
 PRECISIONS = ("fp16", "bf16", "int8")
+# Raise it when the same graph, library and profiles give another plan than before, or when more is asked of a plan: an
+# engine made by other rules is built again.
+BUILD_RULES = 1
+RULES_NAME = "build rules"  # in an engine's record
 ONNXRUNTIME_CUDA = "onnxruntime-cuda"  # compiles nothing: see `export.build`
 _MOST_NODES = 20  # named in one message
 # The parser's own text for an operator it lacks is the condition that failed: "false".
@@ -127,7 +131,7 @@ def build_engine(
     cache_key: Sequence[str] = (),
     progress: Progress = lambda label, done, total: None,
 ) -> Built:
-    """Compile `graph` into the file `plan`, whole or not at all.
+    """Compile `graph` into the file `plan`, whole and checked or not at all.
 
     `cache_key` names everything besides GPU and driver that the choice of kernels depends on. Raises InputError for an
     unknown backend or a precision it cannot compile, MissingExtraError without the library, EngineError with the
@@ -203,13 +207,23 @@ class _Build:
             timing = TimingCache(config, key)
             flags.append(timing.state)
         sha256, size_bytes = self._compile(builder, network, config, graph, plan, target)
-        if timing is not None:
-            timing.save(config)
-        flags.append(describe_layers(self._layers.layers(), self._precision))
-        if target.device is not None:
-            flags.append(inspect_plan(trt, self._logger, plan, self._precision))
-        versions = {self._backend: str(trt.__version__), **target.facts}
+        try:
+            if timing is not None:
+                timing.save(config)
+            flags += self._read_back(plan, target)
+        except BaseException:
+            # No manifest will ever name it, and it can be as large as the graph.
+            plan.unlink(missing_ok=True)
+            raise
+        versions = {self._backend: str(trt.__version__), RULES_NAME: str(BUILD_RULES), **target.facts}
         return Built(sha256, size_bytes, versions, [flag for flag in flags if flag])
+
+    def _read_back(self, plan: Path, target: Target) -> list[str]:
+        """Check what was compiled, and return lines for the manifest."""
+        flags = [describe_layers(self._layers.layers(), self._precision)]
+        if target.device is not None:
+            flags.append(inspect_plan(self._trt, self._logger, plan, self._precision))
+        return flags
 
     def _parse(self, network: tensorrt.INetworkDefinition, graph: Path) -> None:
         """Read the graph. Names every node that is not taken, not only the first."""

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 
 from calibration.texts import verification_texts
 from export import builder
-from export.build import add_engine
+from export.build import Outcome, add_engine
 from export.builder import resolve_target
 from export.cli import app
 from export.parity import check_bundle
@@ -23,7 +24,8 @@ from export.precision import Precision
 from export.profiles import PRESETS, Profile, parse_profiles
 from export.reference import Reference
 from export.timing_cache import timing_cache_path
-from runtime.bundle import Bundle, open_bundle
+from runtime.bundle import Bundle, EngineRecord, open_bundle
+from runtime.engines.cuda import Device
 from runtime.errors import (
     BundleError,
     InputError,
@@ -34,7 +36,8 @@ from runtime.errors import (
 )
 from runtime.files import sha256_file
 from runtime.loader import select
-from tests.fake_device import FakeCuda
+from tests.bundles import edit_engines
+from tests.fake_device import L4, FakeCuda
 from tests.serving import ROOT, child_environment
 
 RTX = "tensorrt-rtx"
@@ -77,6 +80,23 @@ def test_engine_is_recorded_and_kept_until_something_changes(narrow_copy: Bundle
     names = [e.full_name for e in open_bundle(folder).manifest.engines if e.backend == RTX]
     assert names == ["tensorrt-rtx:fp16@sm89", "tensorrt-rtx:fp16@sm120"]
     assert len(list((folder / "engines" / RTX).iterdir())) == 2
+
+
+def test_engine_made_by_other_rules_is_built_again(narrow_copy: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one from before there were any: what f2rt asked of a compiler then, and of its plan, is not known."""
+    folder = narrow_copy.folder
+    assert add_engine(folder, RTX, Precision.FP16, SMALL, target="sm89").record.builder["build rules"] == "1"
+
+    def forget(engine: EngineRecord) -> EngineRecord:
+        return replace(engine, builder={k: v for k, v in engine.builder.items() if k != "build rules"})
+
+    edit_engines(folder, forget)
+    words = "this f2rt builds by other rules (1) than the one that made it (rules not recorded)"
+    assert add_engine(folder, RTX, Precision.FP16, SMALL, target="sm89").reason == words
+    assert not add_engine(folder, RTX, Precision.FP16, SMALL, target="sm89").built
+    monkeypatch.setattr("export.build.BUILD_RULES", 2)
+    again = add_engine(folder, RTX, Precision.FP16, SMALL, target="sm89")
+    assert again.reason == "this f2rt builds by other rules (2) than the one that made it (1)"
 
 
 def test_what_was_only_compiled_is_not_executed_and_not_served(
@@ -209,6 +229,25 @@ def test_tensorrt_keeps_its_timings(
         assert len(list((tmp_path / "cache" / "timing").iterdir())) == 2  # other profiles, other timings
 
 
+def test_engine_for_the_gpu_here_is_built_again_for_another_driver(
+    narrow_copy: Bundle, stand_in: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def device_is(device: Device) -> Outcome:
+        monkeypatch.setattr(builder, "CudaRuntime", lambda: FakeCuda(device))
+        return add_engine(narrow_copy.folder, "tensorrt", "fp16", SMALL)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        device_is(L4)
+        assert not device_is(L4).built
+        newer = device_is(replace(L4, driver="590.1"))
+        assert newer.reason == "the driver is 590.1 now, it was 580.82.07"
+        assert newer.record.builder["driver"] == "590.1"
+        # Where the driver cannot be asked, what it was is taken to be so still.
+        assert not device_is(replace(L4, driver="")).built
+        assert device_is(replace(L4, cuda="13.1")).reason == "the cuda driver is 13.1 now, it was 13.0"
+
+
 def test_timing_caches_are_kept_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("F2RT_CACHE", str(tmp_path))
     keys = [["graph", "11.4"], ["graph", "11.5"], ["graph11.4"], ["graph", "11.4", "1x64"]]
@@ -221,7 +260,7 @@ def test_timing_caches_are_kept_apart(tmp_path: Path, monkeypatch: pytest.Monkey
 LIMITED = """
 import resource, sys
 from pathlib import Path
-from export.build import add_engine
+from export.build import Outcome, add_engine
 from export.profiles import Profile
 from runtime.errors import F2rtError
 which, limit = sys.argv[2], int(sys.argv[3])

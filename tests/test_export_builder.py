@@ -162,6 +162,24 @@ def test_inspectors_json_is_read() -> None:
     assert layers_of('{"Layers": ["a", "b"]}') == layers_of("no json") == layers_of("[]") == []
 
 
+@pytest.mark.parametrize("check", ["describe_layers", "inspect_plan"])
+def test_plan_that_fails_a_check_does_not_stay(
+    narrow_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, check: str
+) -> None:
+    """No manifest would ever name it, and at 4B it is 8 GB."""
+
+    def refuse(*arguments: object) -> str:
+        raise EngineError("the compiled engine multiplies in fp32.")
+
+    monkeypatch.setattr(builder, check, refuse)
+    # Compiled for a GPU that has no driver here: to read the plan back is what fails.
+    target = Target("sm89", L4 if check == "inspect_plan" else None)
+    monkeypatch.setattr(builder._Build, "_set_capability", lambda self, config, target: None)
+    with pytest.raises(EngineError, match="multiplies in fp32"):
+        build_engine(narrow_bundle.path("graphs/fp16.onnx"), tmp_path / "x.engine", RTX, "fp16", SMALL, target)
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- the GPU of this machine, on a double
 
 
