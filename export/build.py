@@ -93,7 +93,7 @@ def _add_engine(
     if old is not None and reason is None:
         _remove_strays(bundle, bundle.path(old.file).parent)
         return Outcome(old, False, UNCHANGED)
-    problem = damage(bundle, graph.files)
+    problem = damage(bundle, graph.compiled_files)
     if problem:
         raise BundleError(f"{bundle.folder}: {problem} after the export.", cure="Export the checkpoint again.")
     try:

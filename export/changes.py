@@ -1,9 +1,10 @@
 """What an export has to write again, and why; and which engines and verdicts outlive it.
 
 Every graph records its *inputs*: the name of each thing that decided its bytes, with a hash or value. A graph whose
-inputs are still the same, and whose files are still whole, is kept byte for byte. An engine depends on the bytes of
-its graph alone, so it outlives even a graph that was written again, if that came out the same. A verdict belongs to an
-engine's fingerprint and to what PyTorch reads of the checkpoint.
+inputs are still the same, and whose files are still whole, is kept byte for byte. An engine depends on the bytes that
+its compiler reads of the graph alone, so it outlives even a graph that was written again, if these came out the same.
+(INT8 engines from when the form for ONNX Runtime counted as well do not.) A verdict belongs to an engine's fingerprint
+and to what PyTorch reads of the checkpoint.
 
 Decides and links files; writes no graph and no manifest.
 """

@@ -179,9 +179,14 @@ class GraphRecord:
         return [*self.files, *(f for f in (self.calibration, self.plan) if f is not None)]
 
     @property
+    def compiled_files(self) -> list[FileRecord]:
+        """Return the records of what a compiler reads: the twin is ONNX Runtime's alone."""
+        return [self.model, self.data]
+
+    @property
     def key(self) -> str:
-        """64 hex digits over the bytes of all its files: what an engine made from it depends on."""
-        return hashlib.sha256(" ".join(f.sha256 for f in self.files).encode()).hexdigest()
+        """64 hex digits over the bytes of `compiled_files`: what an engine made from it depends on."""
+        return hashlib.sha256(" ".join(f.sha256 for f in self.compiled_files).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

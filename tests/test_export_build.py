@@ -18,6 +18,7 @@ from calibration.texts import verification_texts
 from export import builder
 from export.build import Outcome, add_engine
 from export.builder import resolve_target
+from export.changes import manifest_after
 from export.cli import app
 from export.parity import check_bundle
 from export.precision import Precision
@@ -97,6 +98,25 @@ def test_engine_made_by_other_rules_is_built_again(narrow_copy: Bundle, monkeypa
     monkeypatch.setattr("export.build.BUILD_RULES", 2)
     again = add_engine(folder, RTX, Precision.FP16, SMALL, target="sm89")
     assert again.reason == "this f2rt builds by other rules (2) than the one that made it (1)"
+
+
+def test_engine_outlives_another_form_for_onnxruntime(int8_copy: Bundle) -> None:
+    """No compiler reads it: neither a change of it nor damage to it is the engine's."""
+    folder = int8_copy.folder
+    add_engine(folder, RTX, Precision.INT8, SMALL, target="sm89")
+    bundle = open_bundle(folder)
+    graphs = [replace(g, twin=g.twin and replace(g.twin, sha256="0" * 64)) for g in bundle.manifest.graphs]
+    told: list[str] = []
+    after = manifest_after(bundle, replace(bundle.manifest, graphs=graphs, engines=[]), told.append)
+    assert f"{RTX}:int8@sm89" in [e.full_name for e in after.engines], told
+    twin = bundle.path("graphs/int8-uint8.onnx")
+    twin.write_bytes(twin.read_bytes()[:-1] + b"x")
+    assert not add_engine(folder, RTX, Precision.INT8, SMALL, target="sm89").built
+    assert add_engine(folder, RTX, Precision.INT8, SMALL, target="sm120").built
+    model = bundle.path("graphs/int8.onnx")
+    model.write_bytes(model.read_bytes()[:-1] + b"x")
+    with pytest.raises(BundleError, match=r"int8\.onnx was changed after the export"):
+        add_engine(folder, RTX, Precision.INT8, SMALL, target="sm80")
 
 
 def test_what_was_only_compiled_is_not_executed_and_not_served(
