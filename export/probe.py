@@ -11,10 +11,11 @@ the row with the largest magnitude, and a few others.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from export.config import EncoderConfig
 from export.encoder import IR_VERSION
 from export.lock import Wait, bundle_lock
 from runtime.engines.onnxruntime import session_options
-from runtime.errors import EngineError, InputError
+from runtime.errors import EngineError, F2rtError, InputError
 from runtime.files import atomic_file, cache_folder, explain_write_errors, write_atomic
 
 Progress = Callable[[str, int, int], None]
@@ -195,7 +196,8 @@ class _Probe:
         self, label: str, starts: list[str], names: list[str], end: str, streams: Streams
     ) -> tuple[Statistics, Streams]:
         """Run one piece of the graph over all texts; measure `names`, keep rows, return the output of `end`."""
-        session = _session(self._graph, starts, names, end)
+        with explain_library_errors(f"opening {label} for the probe"):
+            session = _session(self._graph, starts, names, end)
         wanted = {value.name for value in session.get_inputs()}
         largest: dict[str, NDArray[np.float32]] = {}
         rows: dict[str, list[NDArray[np.float32]]] = {name: [] for name in names}
@@ -206,13 +208,8 @@ class _Probe:
             feeds[POSITIONS] = self._positions[row]
             for name in starts:
                 feeds[name] = streams[row]
-            try:
+            with explain_library_errors(f"in the probe on {label}, text {row} of {ids.shape[1]} tokens"):
                 stream, *measured = session.run(None, {k: v for k, v in feeds.items() if k in wanted})
-            except Exception as error:  # the library's exceptions share no base class
-                raise EngineError(
-                    f"ONNX Runtime failed in the probe on {label}, text {row} of {ids.shape[1]} tokens: {error}",
-                    cure="Report it, unless memory ran out: then give fewer or shorter calibration texts.",
-                ) from error
             outputs.append(stream)
             for name, values, taken in zip(names, measured[::2], measured[1::2], strict=True):
                 largest[name] = np.maximum(largest[name], values) if name in largest else values
@@ -298,6 +295,20 @@ def _session(graph: Path, starts: list[str], names: list[str], end: str) -> onnx
     part.outputs.clear()
     part.outputs.extend([stream, *measured])
     return open_part(graph, part)
+
+
+@contextlib.contextmanager
+def explain_library_errors(where: str) -> Iterator[None]:
+    """Turn whatever ONNX Runtime raises into an EngineError that says where: its exceptions share no base class."""
+    try:
+        yield
+    except (F2rtError, MemoryError):
+        raise
+    except Exception as error:
+        raise EngineError(
+            f"ONNX Runtime failed {where}: {error}",
+            cure="Report it, unless memory ran out: then give fewer or shorter calibration texts.",
+        ) from error
 
 
 def layer_part(graph: Path | ir.Model, starts: list[str], ends: list[str]) -> ir.Graph:

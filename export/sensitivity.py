@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from export.config import EncoderConfig
 from export.int8 import Grid, ReadMatrix, round_rows
-from export.probe import Streams, layer_part, open_part
+from export.probe import Streams, explain_library_errors, layer_part, open_part
 from runtime.errors import EngineError
 
 Progress = Callable[[str, int, int], None]
@@ -133,14 +133,17 @@ class _Constants:
 
 
 def _run(graph: Path, part: ir.Graph, start: str, ids: Sequence[NDArray[np.int64]], streams: Streams) -> Streams:
-    session = open_part(graph, part)
+    ends = ", ".join(str(value.name) for value in part.outputs)
+    with explain_library_errors(f"opening the graph's part up to {ends} for INT8's sensitivity"):
+        session = open_part(graph, part)
     wanted = {value.name for value in session.get_inputs()}
     outputs: Streams = []
     for row, text in enumerate(ids):
         feeds: dict[str, NDArray[np.generic]] = {"input_ids": text, "attention_mask": np.ones_like(text)}
         if start:
             feeds[start] = streams[row]
-        outputs.append(session.run(None, {k: v for k, v in feeds.items() if k in wanted})[0])
+        with explain_library_errors(f"in INT8's sensitivity on {ends}, text {row} of {text.shape[1]} tokens"):
+            outputs.append(session.run(None, {k: v for k, v in feeds.items() if k in wanted})[0])
     return outputs
 
 

@@ -82,3 +82,35 @@ def test_a_manifest_that_cannot_be_read_takes_no_ones_place(
     ):
         export(tiny, folder)
     assert open_bundle(folder).manifest == old.manifest
+
+
+class Broken:
+    """A session of ONNX Runtime that fails, with what it is made of or when it runs."""
+
+    def __init__(self, *, on_open: bool) -> None:
+        if on_open:
+            raise RuntimeError("[ONNXRuntimeError] : 1 : FAIL : no such kernel")
+
+    def get_inputs(self) -> list[object]:
+        return []
+
+    def run(self, *arguments: object) -> list[object]:
+        raise RuntimeError("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : bad shape")
+
+
+@pytest.mark.parametrize(
+    ("module", "on_open", "words"),
+    [
+        ("probe", True, "failed opening embed_tokens for the probe: .*no such kernel"),
+        ("probe", False, r"failed in the probe on embed_tokens, text 0 of \d+ tokens: .*bad shape"),
+        ("sensitivity", True, r"failed opening the graph's part up to embed_tokens\.out for .*no such kernel"),
+        ("sensitivity", False, r"failed in INT8's sensitivity on embed_tokens\.out, text 0 of \d+ tokens: .*bad shape"),
+    ],
+)
+def test_what_the_library_raises_is_explained(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, on_open: bool, words: str
+) -> None:
+    monkeypatch.setenv("F2RT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(f"export.{module}.open_part", lambda graph, part: Broken(on_open=on_open))
+    with pytest.raises(EngineError, match=words):
+        export(tiny, tmp_path / "bundle")
