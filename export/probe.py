@@ -87,6 +87,8 @@ def probe(
     folder = (cache or cache_folder()) / "probe" / _key(graph_sha256, sequences)
     known = _finished(folder, config)
     if known is None:
+        with explain_cache_errors(), explain_write_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)  # here, where it can be said that it is the cache
         with bundle_lock(folder, "f2rt export", wait, "measuring activations for"):
             # Whoever held the lock before may have done it.
             known = _finished(folder, config) or _measure(graph, config, sequences, folder, progress)

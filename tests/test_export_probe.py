@@ -211,3 +211,9 @@ def test_what_is_finished_is_read_from_a_cache_that_another_holds(
         (folder / "statistics.npz").unlink()
         with pytest.raises(OutputError, match=r"probe/.* is being changed by a test .*waited 0 s"):
             probe(graph, "x", checkpoint.config, SEQUENCES, cache=tmp_path, wait=Wait(0))
+
+
+def test_cache_that_cannot_be_written_is_named(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("no folder")
+    with pytest.raises(OutputError, match=r"f2rt's cache: cannot write .*point F2RT_CACHE to another folder"):
+        probe(tmp_path / "no graph", "x", checkpoint.config, SEQUENCES, cache=tmp_path / "cache")
