@@ -13,7 +13,7 @@ Running the result needs the GPU it is for, so an engine leaves here as *not exe
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
@@ -183,7 +183,8 @@ class _Build:
         builder = trt.Builder(self._logger)
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         self._parse(network, graph)
-        flags = ["strongly typed", check_network(trt, network, self._precision, graph)]
+        promise = check_network(trt, network, self._precision, graph)
+        flags = ["strongly typed", promise.flag]
         config = builder.create_builder_config()
         config.progress_monitor = progress_monitor(trt, self._progress)
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # so that the layers' types can be read back
@@ -210,7 +211,7 @@ class _Build:
         try:
             if timing is not None:
                 timing.save(config)
-            flags += self._read_back(plan, target)
+            flags += self._read_back(plan, target, promise.int8, len(profiles))
         except BaseException:
             # No manifest will ever name it, and it can be as large as the graph.
             plan.unlink(missing_ok=True)
@@ -218,11 +219,18 @@ class _Build:
         versions = {self._backend: str(trt.__version__), RULES_NAME: str(BUILD_RULES), **target.facts}
         return Built(sha256, size_bytes, versions, [flag for flag in flags if flag])
 
-    def _read_back(self, plan: Path, target: Target) -> list[str]:
+    def _read_back(self, plan: Path, target: Target, int8: Mapping[str, int], profiles: int) -> list[str]:
         """Check what was compiled, and return lines for the manifest."""
-        flags = [describe_layers(self._layers.layers(), self._precision)]
+        layers = self._layers.layers()
+        if not layers and self._backend == "tensorrt-rtx":  # every version that f2rt was made with lists them
+            raise EngineError(
+                f"tensorrt-rtx {self._trt.__version__} does not list the layers of {plan.name} in a form that is "
+                "known: what it computes in cannot be checked.",
+                cure="Report it with the library's version; an earlier version may still list them.",
+            )
+        flags = [describe_layers(layers, self._precision, int8, profiles)]
         if target.device is not None:
-            flags.append(inspect_plan(self._trt, self._logger, plan, self._precision))
+            flags.append(inspect_plan(self._trt, self._logger, plan, self._precision, int8, profiles))
         return flags
 
     def _parse(self, network: tensorrt.INetworkDefinition, graph: Path) -> None:

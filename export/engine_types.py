@@ -10,9 +10,10 @@ import json
 import mmap
 import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
@@ -37,6 +38,13 @@ _NARROW = {"fp16": "fp16", "bf16": "bf16", "int8": "fp16"}  # what an int8 graph
 _LAYER = re.compile(
     r"Name: (?P<name>[^\n]*?), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>[^\n]*?)\], (?:Constants|Outputs): "
 )
+# A compiled product's name: those of the graph's products that became one, for every profile but the first with its
+# number, and where in the plan it is.
+_PLACE = re.compile(r"_myl\d+_\d+$")
+_NAME = re.compile(r"(?P<name>.*?)(?: \[profile (?P<profile>\d+)\])?")
+# In builds of the bundled checkpoint for sm80, sm89 and sm120, in buckets from 1x1 to 8x512, every int8 product of the
+# graph was listed by name and read int8. A compiler may still choose otherwise for a small one.
+LEAST_INT8 = 0.95
 _DATATYPE = re.compile(r"Datatype: (\w+)")
 
 
@@ -47,6 +55,14 @@ class Layer:
     name: str
     kind: str
     inputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Network:
+    """What a parsed network promises: a line for the manifest, and the sizes of the int8 products' matrices by name."""
+
+    flag: str
+    int8: dict[str, int] = field(default_factory=dict)
 
 
 class LayerLog:
@@ -71,12 +87,11 @@ class LayerLog:
 # --- the network, before it is compiled
 
 
-def check_network(trt: Library, network: tensorrt.INetworkDefinition, precision: str, graph: Path) -> str:
+def check_network(trt: Library, network: tensorrt.INetworkDefinition, precision: str, graph: Path) -> Network:
     """Compare the types of a parsed network's matrix products with what the graph's precision promises.
 
     For int8, a product counts where both its operands come from DequantizeLinear, weighted by the size of its matrix;
-    the share must be what the graph file says, and no product may be in float32. Returns a line for the manifest.
-    Raises EngineError.
+    the share must be what the graph file says, and no product may be in float32. Raises EngineError.
     """
     layers = [network.get_layer(i) for i in range(network.num_layers)]
     products = [x for x in layers if x.type == trt.LayerType.MATRIX_MULTIPLY]
@@ -89,7 +104,7 @@ def check_network(trt: Library, network: tensorrt.INetworkDefinition, precision:
             cure=f"The graph is not a {precision} graph: export the checkpoint again.",
         )
     if precision != "int8":
-        return f"{len(products)} matrix products in {precision}"
+        return Network(f"{len(products)} matrix products in {precision}")
     sources = {x.get_output(o).name: x for x in layers for o in range(x.num_outputs)}
     sizes = [_matrix_size(x) for x in products]
     quantized = [all(_is_dequantized(trt, sources, x.get_input(i).name) for i in (0, 1)) for x in products]
@@ -103,7 +118,10 @@ def check_network(trt: Library, network: tensorrt.INetworkDefinition, precision:
             cure="Each needs QuantizeLinear and DequantizeLinear on its input and a DequantizeLinear on its int8 "
             "matrix: export the checkpoint again with --precision int8.",
         )
-    return f"{sum(quantized)} of {len(products)} matrix products in int8, {here:.1%} of their weights"
+    return Network(
+        f"{sum(quantized)} of {len(products)} matrix products in int8, {here:.1%} of their weights",
+        {x.name: size for x, size, is_int8 in zip(products, sizes, quantized, strict=True) if is_int8},
+    )
 
 
 def int8_share(graph: Path) -> float:
@@ -142,30 +160,69 @@ def _is_dequantized(trt: Library, sources: dict[str, tensorrt.ILayer], name: str
 # --- the layers, after it was compiled
 
 
-def describe_layers(layers: Sequence[Layer], precision: str) -> str:
+def describe_layers(
+    layers: Sequence[Layer], precision: str, int8: Mapping[str, int] = MappingProxyType({}), profiles: int = 1
+) -> str:
     """Check the types of compiled matrix products and return a line for the manifest.
 
-    Raises EngineError when one multiplies float32, or when none of them multiplies in the graph's precision.
+    `int8` are the graph's int8 products with the sizes of their matrices; each is compiled once for each of `profiles`.
+    Raises EngineError when a product multiplies float32, when none multiplies in the graph's precision, or when less
+    than LEAST_INT8, by size, of those of `int8` that are listed by name read int8. What is not listed by name is told.
     """
+    if not layers:
+        return "types of the compiled layers not read: the library does not list them"
     products = [layer for layer in layers if layer.kind in _PRODUCTS and layer.inputs]
     if not products:
-        return "types of the compiled layers not read: the library does not list them"
+        return f"types of the matrix products not read: none stands among {len(layers)} compiled layers"
     # A fusion also adds the float32 residual: what it multiplies is its narrowest input.
     counts = Counter(_narrowest(layer.inputs) for layer in products)
+    found = ", ".join(f"{n} {kind}" for kind, n in sorted(counts.items()))
     if counts["fp32"] or not counts[precision]:
-        found = ", ".join(f"{n} {kind}" for kind, n in sorted(counts.items()))
         first = next((layer.name for layer in products if _narrowest(layer.inputs) == "fp32"), products[0].name)
         raise EngineError(
             f"the compiled engine multiplies in {found}, not in {precision}; for example {first}.",
             cure="An engine like this is slow: report it with the versions of graph and library.",
         )
-    return "compiled products: " + ", ".join(f"{n} {kind}" for kind, n in sorted(counts.items()))
+    told = f"; {_check_int8(products, int8, profiles)}" if int8 else ""
+    return f"compiled products: {found}{told}"
 
 
-def inspect_plan(trt: Library, logger: tensorrt.ILogger, plan: Path, precision: str) -> str:
+def _check_int8(products: Sequence[Layer], int8: Mapping[str, int], profiles: int) -> str:
+    """Compare what is listed by name with the int8 products of the graph, and say how many could be. See above."""
+    seen: dict[tuple[str, str], str] = {}
+    for layer in products:
+        for part in _PLACE.sub("", layer.name).split("+"):
+            match = _NAME.fullmatch(part)
+            if match is not None and match["name"] in int8:
+                seen[match["name"], match["profile"] or "0"] = _narrowest(layer.inputs)
+    others = [(name, kind) for (name, _), kind in seen.items() if kind != "int8"]
+    listed = sum(int8[name] for name, _ in seen)
+    share = 1 - sum(int8[name] for name, _ in others) / listed if listed else 1.0
+    if share < LEAST_INT8:
+        raise EngineError(
+            f"{len(others)} of {len(seen)} products that the graph has in int8 were compiled to something else, and "
+            f"{share:.1%} of their weights are left, at least {LEAST_INT8:.0%} must be; the first is {others[0][0]}, "
+            f"in {others[0][1]}.",
+            cure="An engine like this is slow: report it with the versions of graph and library.",
+        )
+    promised = len(int8) * profiles
+    line = f"of {promised} that the graph has in int8, {len(seen) - len(others)} are listed so"
+    line += f", {len(others)} otherwise" if others else ""
+    unseen = promised - len(seen)
+    return line + (f", {unseen} not by name (fused into other kernels)" if unseen else "")
+
+
+def inspect_plan(
+    trt: Library,
+    logger: tensorrt.ILogger,
+    plan: Path,
+    precision: str,
+    int8: Mapping[str, int] = MappingProxyType({}),
+    profiles: int = 1,
+) -> str:
     """Load a plan on the GPU at hand and read layers and tensors back through the engine inspector.
 
-    Returns a line for the manifest. Raises EngineError when it cannot be loaded or computes in another precision.
+    Returns a line for the manifest. Raises EngineError when it cannot be loaded, and as `describe_layers` does.
     """
     runtime = trt.Runtime(logger)
     with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -177,7 +234,7 @@ def inspect_plan(trt: Library, logger: tensorrt.ILogger, plan: Path, precision: 
     names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
     tensors = ", ".join(f"{name} {engine.get_tensor_dtype(name).name.lower()}" for name in names)
     text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
-    return f"read back on the GPU: {describe_layers(layers_of(text), precision)}; {tensors}"
+    return f"read back on the GPU: {describe_layers(layers_of(text), precision, int8, profiles)}; {tensors}"
 
 
 def layers_of(text: str) -> list[Layer]:

@@ -100,6 +100,21 @@ def test_engine_made_by_other_rules_is_built_again(narrow_copy: Bundle, monkeypa
     assert again.reason == "this f2rt builds by other rules (2) than the one that made it (1)"
 
 
+def test_int8_engine_says_its_share_of_weights_and_of_work(int8_copy: Bundle) -> None:
+    """And every product of the graph is listed in int8, in a bucket of one token as in a longer one."""
+    record = add_engine(int8_copy.folder, RTX, Precision.INT8, (Profile(1, 1), Profile(1, 64)), target="sm80").record
+    quantization = int8_copy.graph("int8").quantization
+    assert quantization is not None
+    (weights,) = [flag for flag in record.flags if flag.endswith("% of their weights")]
+    count = int(weights.split()[0])
+    work = (
+        f"{quantization.int8_share:.1%} of the matrix work in int8, of which the budget asks 90%; it is not the share"
+    )
+    assert any(flag.startswith(work) for flag in record.flags), record.flags
+    listed = f"; of {2 * count} that the graph has in int8, {2 * count} are listed so"
+    assert any(flag.endswith(listed) for flag in record.flags), record.flags
+
+
 def test_engine_outlives_another_form_for_onnxruntime(int8_copy: Bundle) -> None:
     """No compiler reads it: neither a change of it nor damage to it is the engine's."""
     folder = int8_copy.folder
@@ -139,7 +154,7 @@ def test_what_was_only_compiled_is_not_executed_and_not_served(
 
 
 def test_several_profiles_one_engine(narrow_copy: Bundle) -> None:
-    """Every preset compiles, with the bucket that takes any text of the model."""
+    """A preset compiles with the bucket that takes any text of the model."""
     profiles = parse_profiles("latency", 1024)
     done = add_engine(narrow_copy.folder, RTX, "fp16", profiles, target="sm89")
     assert done.record.profiles == ["1x64", "8x128", "8x512", "1x1024"]

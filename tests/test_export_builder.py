@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from onnx import TensorProto, helper
 
 from export import builder, engine_types
 from export.builder import Built, Target, build_engine, resolve_target
-from export.engine_types import Layer, LayerLog, describe_layers, int8_share, layers_of
+from export.engine_types import Layer, LayerLog, describe_layers, inspect_plan, int8_share, layers_of
 from export.precision import Precision
 from export.profiles import Profile
 from runtime.bundle import Bundle
@@ -70,7 +72,8 @@ def test_rtx_builds_int8(narrow_bundle: Bundle, tmp_path: Path, form: Form, targ
     built = build(graph, tmp_path / "int8.engine", "int8", target)
     assert "28 of 28 matrix products in int8, 100.0% of their weights" in built.flags
     (compiled,) = [flag for flag in built.flags if flag.startswith("compiled products: ")]
-    assert compiled == "compiled products: 17 int8"  # q, k, v are one product, gate and up another
+    # q, k, v are one product, gate and up another.
+    assert compiled == "compiled products: 17 int8; of 28 that the graph has in int8, 28 are listed so"
     half = build(narrow_bundle.path("graphs/fp16.onnx"), tmp_path / "fp16.engine", "fp16", target)
     assert 2_000_000 < half.size_bytes - built.size_bytes < 3_000_000
 
@@ -148,7 +151,54 @@ def test_compiled_layers_in_float32_are_refused() -> None:
         describe_layers(listed("Float"), "fp16")
     with pytest.raises(EngineError, match=r"multiplies in 2 fp16, not in int8"):
         describe_layers(listed("Half"), "int8")
-    assert "not read" in describe_layers([], "fp16")
+    assert "not read: the library does not list them" in describe_layers([], "fp16")
+    kernels = [Layer("__myl_MulSum", "kgen", ("fp16",))] * 3
+    assert "not read: none stands among 3 compiled layers" in describe_layers(kernels, "fp16")
+
+
+INT8 = {"a.q": 30, "a.k": 10, "b": 58, "c": 2}
+
+
+def compiled(name: str, kind: str) -> Layer:
+    return Layer(name, "gemm", (kind,))
+
+
+def test_int8_products_are_looked_for_by_name() -> None:
+    joined = compiled("a.k+a.q_myl0_2", "int8")
+    rest = [compiled("b_myl0_5", "int8"), Layer("__myl_CastMulCastFc_myl0_7", "runtime_fusion", ("fp16",))]
+    told = describe_layers([joined, *rest], "int8", INT8)
+    assert told.endswith("of 4 that the graph has in int8, 3 are listed so, 1 not by name (fused into other kernels)")
+    # Another profile has its own kernels.
+    second = [compiled("a.k [profile 1]+a.q [profile 1]_myl1_2", "int8"), compiled("c [profile 1]_myl1_4", "fp16")]
+    told = describe_layers([joined, *rest, *second], "int8", INT8, 2)
+    assert told.endswith(
+        "of 8 that the graph has in int8, 5 are listed so, 1 otherwise, 2 not by name (fused into other kernels)"
+    )
+    # One product of another graph's name says nothing.
+    assert describe_layers([joined], "int8", {"x": 1}).endswith(
+        "0 are listed so, 1 not by name (fused into other kernels)"
+    )
+
+
+def test_int8_products_compiled_to_something_else_are_refused() -> None:
+    """One of int8 is not enough: an engine that multiplies the rest in float16 is no INT8 engine."""
+    layers = [compiled("a.k+a.q_myl0_2", "int8"), compiled("b_myl0_5", "fp16"), compiled("c_myl0_7", "fp16")]
+    words = r"2 of 4 products .* 40\.0% of their weights are left, at least 95% must be; the first is b, in fp16"
+    with pytest.raises(EngineError, match=words):
+        describe_layers(layers, "int8", INT8)
+    # In one of two profiles.
+    other = [compiled("b [profile 1]_myl1_3", "fp16"), *[compiled(f"{name}_myl0_2", "int8") for name in INT8]]
+    with pytest.raises(EngineError, match=r"1 of 5 products .* 63\.3% of their weights"):
+        describe_layers(other, "int8", INT8, 2)
+
+
+def test_listing_of_another_form_is_an_error(
+    narrow_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LayerLog, "layers", lambda self: [])
+    with pytest.raises(EngineError, match=r"tensorrt-rtx 1\.7.* does not list the layers of x\.engine in a form"):
+        build(narrow_bundle.path("graphs/fp16.onnx"), tmp_path / "x.engine", "fp16")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_inspectors_json_is_read() -> None:
@@ -178,6 +228,72 @@ def test_plan_that_fails_a_check_does_not_stay(
     with pytest.raises(EngineError, match="multiplies in fp32"):
         build_engine(narrow_bundle.path("graphs/fp16.onnx"), tmp_path / "x.engine", RTX, "fp16", SMALL, target)
     assert list(tmp_path.iterdir()) == []
+
+
+class Inspected:
+    """The library as `inspect_plan` uses it, on a GPU that takes every plan, or none."""
+
+    LayerInformationFormat = SimpleNamespace(JSON="json")
+
+    def __init__(self, kind: str, *, loads: bool = True) -> None:
+        self.kind = kind
+        self.loads = loads
+        self.plan = b""
+
+    def Runtime(self, logger: object) -> Inspected:  # noqa: N802  the library's name
+        return self
+
+    def deserialize_cuda_engine(self, plan: Any) -> Inspected | None:
+        self.plan = bytes(plan)
+        return self if self.loads else None
+
+    num_io_tensors = 2
+
+    def get_tensor_name(self, index: int) -> str:
+        return ["input_ids", "sentence_embedding"][index]
+
+    def get_tensor_dtype(self, name: str) -> SimpleNamespace:
+        return SimpleNamespace(name="INT64" if name == "input_ids" else "FLOAT")
+
+    def create_engine_inspector(self) -> Inspected:
+        return self
+
+    def get_engine_information(self, form: str) -> str:
+        assert form == "json"
+        layer = {"Name": "b_myl0_1", "LayerType": "gemm", "Inputs": [{"Name": "x", "Datatype": self.kind}]}
+        return json.dumps({"Layers": [layer], "Bindings": []})
+
+
+def test_plan_is_read_back_on_the_gpu(tmp_path: Path) -> None:
+    (tmp_path / "x.engine").write_bytes(b"a plan")
+
+    def inspect(library: Inspected, precision: str) -> str:
+        return inspect_plan(library, object(), tmp_path / "x.engine", precision, INT8)  # type: ignore[arg-type]
+
+    library = Inspected("Int8")
+    told = inspect(library, "int8")
+    assert library.plan == b"a plan"
+    assert told == (
+        "read back on the GPU: compiled products: 1 int8; of 4 that the graph has in int8, 1 are listed so, "
+        "3 not by name (fused into other kernels); input_ids int64, sentence_embedding float"
+    )
+    with pytest.raises(EngineError, match=r"multiplies in 1 fp32, not in int8; for example b_myl0_1"):
+        inspect(Inspected("Float"), "int8")
+    with pytest.raises(EngineError, match=r"x\.engine was just compiled for this GPU and cannot be loaded on it"):
+        inspect(Inspected("Int8", loads=False), "int8")
+
+
+def test_libraries_have_what_reads_a_plan_back() -> None:
+    """What the double above stands for."""
+    rtx = pytest.importorskip("tensorrt_rtx")
+    assert "JSON" in dir(rtx.LayerInformationFormat)
+    wanted = {
+        rtx.Runtime: ["deserialize_cuda_engine"],
+        rtx.ICudaEngine: ["num_io_tensors", "get_tensor_name", "get_tensor_dtype", "create_engine_inspector"],
+        rtx.EngineInspector: ["get_engine_information"],
+    }
+    for kind, names in wanted.items():
+        assert set(names) <= set(dir(kind))
 
 
 # --- the GPU of this machine, on a double
