@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes  # noqa: F401  makes bfloat16 a name numpy knows
 import numpy as np
@@ -17,10 +18,10 @@ from safetensors.numpy import load_file, save_file
 Tensors = dict[str, NDArray[np.generic]]
 
 
-def _scale(tensors: Tensors, name: str, factor: float, index: object = ...) -> None:
+def _scale(tensors: Tensors, name: str, factor: float, index: Any = ...) -> None:
     """Multiply part of a tensor, staying in its dtype: exact for powers of two."""
     tensor = tensors[name]
-    tensor[index] = (tensor[index].astype(np.float32) * factor).astype(tensor.dtype)  # type: ignore[index]
+    tensor[index] = (tensor[index].astype(np.float32) * factor).astype(tensor.dtype)
 
 
 def residual(tensors: Tensors) -> None:

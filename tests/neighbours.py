@@ -34,7 +34,8 @@ def embed(run: Callable[[Batch], Vectors], sequences: Sequence[Sequence[int]], p
 def cut(vectors: Vectors, dim: int) -> Vectors:
     """Cut to the first `dim` values, then normalize."""
     part = vectors[:, :dim].astype(np.float64)
-    return (part / np.linalg.norm(part, axis=1, keepdims=True)).astype(np.float32)
+    unit: Vectors = (part / np.linalg.norm(part, axis=1, keepdims=True)).astype(np.float32)
+    return unit
 
 
 def overlap(found: Vectors, expected: Vectors, count: int = 10) -> float:
