@@ -271,19 +271,6 @@ def stock(mini: Path, shared: Shared) -> Callable[[str], Path]:
     return lambda kind: shared(f"stock-{kind}", lambda folder: export_stock(mini, folder, kind))
 
 
-@pytest.fixture(scope="session")
-def int8_bundle(checkpoint: Checkpoint, shared: Shared) -> Bundle:
-    """A bundle in fp16 and INT8, shaped by a few calibration texts and not proven. Read only."""
-
-    def make(folder: Path) -> None:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("F2RT_CACHE", str(folder / "cache"))
-            texts = [t for t in calibration_texts() if len(t.text) < 300][::20]
-            export_bundle(checkpoint, folder / "mini", [Precision.FP16, Precision.INT8], calibration=texts)
-
-    return open_bundle(shared("int8", make) / "mini")
-
-
 @pytest.fixture
 def int8_copy(int8_bundle: Bundle, tmp_path: Path) -> Bundle:
     return open_bundle(Path(shutil.copytree(int8_bundle.folder, tmp_path / "bundle")))
