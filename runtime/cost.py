@@ -1,50 +1,73 @@
-"""What a batch costs in time: a + b x tokens, in milliseconds; and what texts will have in tokens. Both are learned.
+"""What a batch costs in time, in milliseconds, and what texts will have in tokens. Both are learned.
 
 No clock here.
 
-`a` is what every batch costs (reading the weights, starting kernels), `b` what one padded token adds. Their ratio says
-how much padding is worth one batch less, and how large a batch has to be.
+A batch costs a + (b + c x width) x tokens: `a` is what every batch costs (reading the weights, starting kernels), `b`
+what one padded token adds, and `c` what attention adds to it, which looks at all tokens of its text. Without `c` long
+texts would make a line whose `a` is too small. The ratio of `a` to a token's cost says how much padding is worth one
+batch less, and how large a batch has to be.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-_FORGET = 0.98  # weight of what was known before, per observation: about fifty batches are remembered
-_LEAST_SPREAD = 0.05  # of the token counts, relative: below it the slope cannot be told from the intercept
+import numpy as np
+
+_REMEMBER = 0.998  # weight of what was known before, per batch: five hundred are remembered
+_FOLLOW = 0.2  # how fast the pace follows, per batch
+_MOST_STEP = 3.0  # a single batch says no more of it
+_FIRST = 12  # batches that tell the proportions before the pace is told from them
+_LEAST_MS = 1e-6
+_STAY = 0.05**2  # spreads below 5 % of the mean tell nothing: what is known then stays
 _REMEMBERED = 0.95  # of bytes and tokens, per request
 _MOST_BYTES = 4096  # that one request counts for
 _LOOKED_AT = 512  # characters of a text
 
 
 class CostModel:
-    """Least squares over the latest batches, older ones counting less and less. Not thread-safe."""
+    """Weighted least squares over the latest batches, older ones counting less and less. Not thread-safe.
+
+    Errors are relative: what disturbs a batch makes it longer by a part of its time, so that small batches tell as much
+    as large ones, and more of `a`. How fast the machine is at the moment is followed apart from the proportions of the
+    three, which are remembered for long; what batches that are much the same cannot tell apart stays as it was.
+    """
 
     def __init__(self) -> None:
         self.observations = 0
         self.fixed_ms = 0.0
-        self.token_ms = 0.0
-        self._weight = self._tokens = self._ms = self._tokens_squared = self._tokens_ms = 0.0
+        self.token_ms = 0.0  # in texts of the mean width
+        self._pace = 1.0
+        self._parts = np.zeros(3)  # a, b and c at pace 1
+        self._weight = 0.0
+        self._moments = np.zeros((3, 3))
+        self._sums = np.zeros(3)
 
-    def observe(self, tokens: int, ms: float) -> None:
-        """Learn that a batch of `tokens` padded tokens took `ms`."""
+    def observe(self, tokens: int, ms: float, width: int = 0) -> None:
+        """Learn that a batch of `tokens` padded tokens, its texts `width` wide, took `ms`."""
         self.observations += 1
+        foreseen_ms = self.batch_ms(tokens, width)
         # A batch that took ten times as long as foreseen says something of the machine's other work, not of batches.
         if self.observations > 10:
-            ms = min(ms, 10 * self.batch_ms(tokens))
-        for name, value in (
-            ("_weight", 1.0),
-            ("_tokens", float(tokens)),
-            ("_ms", ms),
-            ("_tokens_squared", float(tokens) * tokens),
-            ("_tokens_ms", tokens * ms),
-        ):
-            setattr(self, name, _FORGET * getattr(self, name) + value)
+            ms = min(ms, 10 * foreseen_ms)
+        ms = max(ms, _LEAST_MS)
+        if self.observations > _FIRST:
+            self._pace *= min(max(ms / foreseen_ms, 1 / _MOST_STEP), _MOST_STEP) ** _FOLLOW
+        batch = np.array([1.0, tokens, float(tokens) * width]) * self._pace / ms
+        self._weight = _REMEMBER * self._weight + 1
+        self._moments = _REMEMBER * self._moments + np.outer(batch, batch)
+        self._sums = _REMEMBER * self._sums + batch
         self._fit()
 
-    def batch_ms(self, tokens: int) -> float:
-        """Return the time that a batch of `tokens` padded tokens should take; 0 before the first observation."""
-        return self.fixed_ms + self.token_ms * tokens
+    def batch_ms(self, tokens: int, width: float | None = None) -> float:
+        """Return the time that a batch of `tokens` padded tokens should take; 0 before the first observation.
+
+        `width` is that of its texts, where it is known, and else what is usual.
+        """
+        if width is None:
+            return self.fixed_ms + self.token_ms * tokens
+        fixed, token, wide = self._parts.tolist()
+        return float(self._pace * (fixed + tokens * (token + wide * width)))
 
     @property
     def break_even_tokens(self) -> float:
@@ -59,20 +82,27 @@ class CostModel:
         return int(self.break_even_tokens * efficiency / (1 - efficiency))
 
     def _fit(self) -> None:
-        mean_tokens, mean_ms = self._tokens / self._weight, self._ms / self._weight
-        variance = self._tokens_squared / self._weight - mean_tokens**2
-        if variance <= (_LEAST_SPREAD * mean_tokens) ** 2:
-            # All batches are of one size: keep what is known of the ratio, and follow the speed.
-            known = self.batch_ms(1) > 0 and self.fixed_ms + self.token_ms * mean_tokens
-            factor = mean_ms / known if known else 0.0
-            self.fixed_ms, self.token_ms = self.fixed_ms * factor, self.token_ms * factor
-            if not known:
-                self.token_ms = mean_ms / mean_tokens
-            return
-        slope = (self._tokens_ms / self._weight - mean_tokens * mean_ms) / variance
-        slope = min(max(slope, 0.0), mean_ms / mean_tokens)  # neither part of a cost is negative
-        self.token_ms = slope
-        self.fixed_ms = max(mean_ms - slope * mean_tokens, 0.0)
+        """Find the parts whose sum, for each batch, is closest to its time."""
+        mean = self._sums / self._weight
+        told = [k for k in range(3) if mean[k] > 0]
+        # In parts of the mean batch's time, so that the three can be compared.
+        scale = np.where(mean > 0, mean, 1.0)
+        moments = self._moments / self._weight / np.outer(scale, scale)
+        known = self._parts * scale
+        if not known.any():
+            known[1] = 1.0
+        while True:
+            away = mean / scale - moments @ known
+            found = known.copy()
+            found[told] += np.linalg.solve(moments[np.ix_(told, told)] + _STAY * np.eye(len(told)), away[told])
+            least = min(told, key=lambda k: float(found[k]))
+            if found[least] >= 0 or len(told) == 1:
+                break
+            told.remove(least)  # no part of a cost is negative
+            known[least] = 0.0
+        self._parts = np.maximum(found, 0.0) / scale
+        fixed, token, wide = (self._pace * self._parts).tolist()
+        self.fixed_ms, self.token_ms = fixed, token + wide * float(mean[2] / mean[1])
 
 
 class Density:

@@ -248,7 +248,7 @@ class FairQueue:
         ):
             if self._tickets and waiting + own > limit:
                 self.refuse(f"{waiting} {what} are waiting and this request has {own}; the limit is {limit}")
-        own_ms = self.cost.batch_ms(tokens)
+        own_ms = self.cost.batch_ms(tokens, sum(length * length for length in ticket.lengths) / tokens)
         try:
             self._check_wait(self.wait_ms(tokens), self.most_wait_ms, own_ms, ticket.deadline_s, now_s)
         except DeadlineError:
@@ -287,7 +287,8 @@ class FairQueue:
             self._take(ticket, indices)
         self._overload.batch()
         planned = Planned(chosen, max(ticket.lengths[index] for ticket, index in chosen))
-        self._busy_until_s = now_s + 1e-3 * self.cost.batch_ms(self._shape(len(planned.rows), planned.width))
+        computed = self._shape(len(planned.rows), planned.width)
+        self._busy_until_s = now_s + 1e-3 * self.cost.batch_ms(computed, planned.width)
         self._rest(self._busy_until_s)  # while the batch runs nothing can be served: a pause begins after it
         return planned
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.cost import Density
+from runtime.cost import CostModel, Density
 from tests.queues import known
 
 
@@ -56,3 +58,47 @@ def test_one_outlier_does_not_change_the_cost_much() -> None:
         cost.observe(50, 60.0)
     cost.observe(100, 1e6)
     assert cost.batch_ms(100) < 150
+
+
+def test_attention_of_long_texts_is_told_from_what_every_batch_costs() -> None:
+    """A line through these has no fixed cost at all, and batches would be far too small to be efficient."""
+    cost, chance = CostModel(), random.Random(0)
+
+    def true_ms(rows: int, width: int) -> float:
+        return 1.0 + rows * width * (0.06 + 9e-5 * width)
+
+    for rows, width in ((1, 16), (4, 16), (1, 64), (4, 64), (1, 256), (4, 256)):
+        cost.observe(rows * width, true_ms(rows, width), width)
+    for _ in range(200):
+        width = chance.choice([12, 20, 40, 80, 160, 300, 500])
+        rows = max(1, chance.randrange(400) // width)
+        cost.observe(rows * width, true_ms(rows, width) * chance.uniform(0.85, 1.15), width)
+    assert cost.fixed_ms == pytest.approx(1.0, rel=0.2)
+    for rows, width in ((32, 15), (1, 500), (4, 128)):
+        assert cost.batch_ms(rows * width, width) == pytest.approx(true_ms(rows, width), rel=0.05)
+
+
+def test_batches_of_one_shape_say_how_fast_the_machine_is_and_no_more() -> None:
+    cost = CostModel()
+    for rows, width in ((1, 16), (4, 16), (1, 64), (4, 64), (1, 256), (4, 256)) * 20:
+        cost.observe(rows * width, 1.0 + rows * width * (0.06 + 9e-5 * width), width)
+    for _ in range(400):
+        cost.observe(20, 3 * (1.0 + 20 * (0.06 + 9e-5 * 20)), 20)
+    assert cost.batch_ms(20, 20) == pytest.approx(3 * (1.0 + 20 * (0.06 + 9e-5 * 20)), rel=0.01)
+    assert cost.batch_ms(1024, 256) == pytest.approx(3 * (1.0 + 1024 * (0.06 + 9e-5 * 256)), rel=0.2)
+
+
+def test_full_batches_alone_do_not_make_up_another_fixed_cost() -> None:
+    """Saturated, every batch has the size that was best, and says next to nothing of a smaller one."""
+    cost, chance = CostModel(), random.Random(1)
+
+    def observe(rows: int, width: int) -> None:
+        true_ms = 1.0 + rows * width * (0.06 + 9e-5 * width)
+        cost.observe(rows * width, true_ms * chance.uniform(0.9, 1.1), width)
+
+    for rows, width in ((1, 16), (4, 16), (1, 64), (4, 64), (1, 256), (4, 256)):
+        observe(rows, width)
+    for _ in range(1000):
+        width = chance.choice([12, 20, 40, 80, 160, 300, 500])
+        observe(max(1, cost.efficient_tokens(0.97) // width), width)
+        assert 200 < cost.efficient_tokens(0.97) < 800

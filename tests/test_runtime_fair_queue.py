@@ -218,11 +218,13 @@ def test_an_estimate_that_is_too_high_does_not_stand_for_good() -> None:
     """The machine was slow and is fast again: callers in a hurry are answered again, though none of them was let in."""
     true_ms, asked_s = 11.0, 0.05
     cost = known(0.0, 5.0)
+    for _ in range(300):
+        cost.observe(11, 5 * true_ms)
     waiting = queue(cost=cost)
     now_s, refused, answered = 0.0, 0, 0
     while answered < 20:
         now_s += asked_s
-        assert now_s < 60, f"still {cost.batch_ms(11):.0f} ms after {refused} refusals"
+        assert now_s < 10, f"still {cost.batch_ms(11):.0f} ms after {refused} refusals"
         try:
             waiting.admit(Ticket([11], deadline_s=now_s + 0.03), now_s)
         except DeadlineError:
@@ -231,7 +233,7 @@ def test_an_estimate_that_is_too_high_does_not_stand_for_good() -> None:
         assert waiting.next_batch(now_s)
         cost.observe(11, true_ms)
         answered += 1 if cost.batch_ms(11) < 30 else 0
-    assert refused > 10
+    assert refused > 5
 
 
 def test_only_an_idle_engine_tries_what_should_be_late() -> None:

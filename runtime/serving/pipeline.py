@@ -96,7 +96,7 @@ class Pipeline:
     def learn(self, rows: int, width: int, seconds: float) -> None:
         """Take note of what a batch cost."""
         with self._lock:
-            self._queue.cost.observe(self._shape(rows, width), 1e3 * seconds)
+            self._queue.cost.observe(self._shape(rows, width), 1e3 * seconds, width)
 
     # --- for threads
 
@@ -348,7 +348,8 @@ class Pipeline:
             if planned is None:
                 self._taken = False
             else:
-                self._running_ms = self._queue.cost.batch_ms(self._shape(len(planned.rows), planned.width))
+                computed = self._shape(len(planned.rows), planned.width)
+                self._running_ms = self._queue.cost.batch_ms(computed, planned.width)
         for ticket in expired:
             ticket.payload.end(
                 DeadlineError("the deadline would pass before the answer is ready.", cure="Allow more time.")
