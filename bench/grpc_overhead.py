@@ -1,7 +1,7 @@
 """What gRPC adds to a request: the same texts embedded in this process and through `f2rt serve`, by turns.
 
-The server is a real process with the same engine on the same bundle. Before each timed call both rest for 5 ms: the
-other side's threads have stopped spinning, and requests come one at a time, as from a caller that waits for each.
+The server is a real process with the same engine on the same bundle. Before each timed call both rest for 20 ms: the
+other side's threads have stopped polling, and requests come one at a time, as from a caller that waits for each.
 The difference is what a service pays for asking over gRPC instead of embedding in its own process: both protocol
 stacks, the server's queue and its hand-over between threads. How much of it is gRPC's own shows a server beside it that
 answers the same bytes without doing anything (`echo`).
@@ -37,7 +37,7 @@ _ROOT = Path(__file__).resolve().parents[1]
 _MINI = _ROOT / "checkpoints" / "mini"
 _TEXT = "how do I list the files of a package"
 _COMMAND = [sys.executable, "-c", "from export.cli import main; main()"]
-_REST_S = 0.005
+_REST_S = 0.02
 _WARM_UP = 20
 _LEAST, _MOST = 50, 5000  # requests per case
 

@@ -168,7 +168,7 @@ def report(scores: Sequence[Scores], texts: int, calibration: int) -> Result:
             f"{NEIGHBOURS} nearest other texts that both agree on; each dimension cut, then normalized",
             f"limits: {limits}; f2rt keeps them: {'yes' if kept else 'NO'}",
             "CPU form: uint8 activations, what f2rt serves on CPU; TensorRT form: int8 activations and float16, "
-            "simulated by ONNX Runtime (ORT)",
+            "run by ONNX Runtime (ORT), which widens float16: rounding to INT8 shows here, overflow does not",
             *(f"{NAMES[kind]}: {WHAT[kind]}" for kind in FORMS),
             f"{calibration} calibration texts; hard: single channels times 64; the others: see tests/hostile.py",
         ],

@@ -35,7 +35,7 @@ SHAPES = [(1, 16), (1, 128), (1, 512), (8, 128)]
 OURS, TORCH, TORCH_BF16 = "f2rt fp32", "transformers fp32", "transformers bf16"
 MIN_COSINE = 0.9999
 _LEAST, _MOST = 5, 200  # repetitions
-_REST_S = 0.02
+_REST_S = 0.1  # as in bench.turns
 
 Run = Callable[[Batch], NDArray[np.float32]]
 

@@ -104,12 +104,20 @@ def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+_EXTENSIONS = ("avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16")
+
+
 def _cpu() -> str:
-    """Return the CPU's name, with family and model numbers where a virtual machine hides the name's end."""
+    """Return the CPU's name, with family and model numbers where a virtual machine hides the name's end.
+
+    And with what it has of the extensions that decide how fast INT8 and bf16 are.
+    """
     path = Path("/proc/cpuinfo")
     if not path.is_file():
         return platform.processor() or platform.machine()
     pairs = [line.split(":", 1) for line in path.read_text().splitlines() if ":" in line]
     facts = {key.strip(): value.strip() for key, value in reversed(pairs)}
     name = facts.get("model name", platform.machine())
-    return f"{name} (family {facts.get('cpu family', '?')}, model {facts.get('model', '?')})"
+    extensions = [e for e in facts.get("flags", "").split() if e in _EXTENSIONS]
+    has = ", ".join(extensions) or "none of AVX-512, VNNI, bf16, AMX"
+    return f"{name} (family {facts.get('cpu family', '?')}, model {facts.get('model', '?')}; {has})"

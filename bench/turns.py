@@ -20,7 +20,7 @@ from bench.report import median
 from runtime.batch import Batch
 from runtime.golden import row_cosines
 
-REST_S = 0.02
+REST_S = 0.1  # ONNX Runtime's threads poll for 50 ms and more after a run, by its default
 
 Vectors = NDArray[np.float32]
 
