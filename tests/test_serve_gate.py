@@ -240,6 +240,9 @@ class Clock:
         self.checks: list[tuple[float, float]] = []
         self.on_engine_error: Any = None
 
+    def foreseen_wait_s(self, items: list[Any]) -> float:
+        return 0.0
+
     async def run(self, items: list[Any]) -> Any:
         begun_s = asyncio.get_running_loop().time()
         await asyncio.sleep(self.took_s)

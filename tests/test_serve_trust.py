@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -130,6 +132,21 @@ def test_an_engine_that_does_not_answer_is_found_out(embedder: Embedder) -> None
         assert "gave no answer to a golden text within 0.3 s" in server.model.problem
         engine.allow(100_000)
         wait_until(lambda: server.model.state == "ready")
+
+
+def test_a_golden_text_behind_a_long_request_is_not_late(embedder: Embedder) -> None:
+    engine, own = held(embedder)
+    with InProcess(own, golden_timeout_s=0.2) as server, server.channel() as channel:
+        server.model.pipeline.learn(1, 5, 60.0)  # such a request takes a minute
+        waiting = server.stub(channel).Embed.future(pb.EmbedRequest(input=pb.EmbedInput(texts=["a b c"])))
+        engine.wait_begun(1)
+        checking = asyncio.run_coroutine_threadsafe(server.model._watch.check([0]), server.loop)
+        time.sleep(0.6)
+        assert not checking.done()
+        engine.allow(10)
+        assert checking.result(START_S)
+        assert waiting.result().rows == 1
+        assert server.model.state == "ready"
 
 
 # --- hot switch
