@@ -48,10 +48,10 @@ class CostModel:
         self.observations += 1
         foreseen_ms = self.batch_ms(tokens, width)
         # A batch that took ten times as long as foreseen says something of the machine's other work, not of batches.
-        if self.observations > 10:
+        if self.observations > 10 and foreseen_ms > 0:
             ms = min(ms, 10 * foreseen_ms)
         ms = max(ms, _LEAST_MS)
-        if self.observations > _FIRST:
+        if self.observations > _FIRST and foreseen_ms > 0:
             self._pace *= min(max(ms / foreseen_ms, 1 / _MOST_STEP), _MOST_STEP) ** _FOLLOW
         batch = np.array([1.0, tokens, float(tokens) * width]) * self._pace / ms
         self._weight = _REMEMBER * self._weight + 1

@@ -120,7 +120,7 @@ class FairQueue:
         self._numbers = itertools.count()
         self._overload = Overload(settings.burst_ms, settings.overload)
         self._mean_tokens = 0.0  # of a request
-        self._busy_until_s = -math.inf  # when the latest batch should end
+        self.busy_until_s = -math.inf  # when the latest batch should end
 
     def __len__(self) -> int:
         return self._tickets
@@ -258,7 +258,7 @@ class FairQueue:
 
     def _may_probe(self, ticket: Ticket, own_ms: float, now_s: float) -> bool:
         """Whether the engine has been idle for long enough to try a request that should take `own_ms`."""
-        idle_s = now_s - self._busy_until_s
+        idle_s = now_s - self.busy_until_s
         if self._tickets or ticket.deadline_s is None or idle_s < max(_PROBE_S, _PROBE_TIMES * 1e-3 * own_ms):
             return False
         return _PROBE_FASTER * (ticket.deadline_s - now_s) > 1e-3 * own_ms
@@ -288,8 +288,8 @@ class FairQueue:
         self._overload.batch()
         planned = Planned(chosen, max(ticket.lengths[index] for ticket, index in chosen))
         computed = self._shape(len(planned.rows), planned.width)
-        self._busy_until_s = now_s + 1e-3 * self.cost.batch_ms(computed, planned.width)
-        self._rest(self._busy_until_s)  # while the batch runs nothing can be served: a pause begins after it
+        self.busy_until_s = now_s + 1e-3 * self.cost.batch_ms(computed, planned.width)
+        self._rest(self.busy_until_s)  # while the batch runs nothing can be served: a pause begins after it
         return planned
 
     def _candidates(self, now_s: float) -> list[tuple[Ticket, int]]:

@@ -104,8 +104,11 @@ def test_no_more_requests_are_at_work_than_there_are_threads(embedder: Embedder)
         pipeline = server.model.pipeline
         for _ in range(5):  # as if they were being tokenized
             pipeline.enter()
-        with EmbeddingClient(server.grpc) as client, pytest.raises(OverloadedError, match=r"5 requests are at work"):
-            client.embed(["a"])
+        with EmbeddingClient(server.grpc) as client:
+            with pytest.raises(OverloadedError, match=r"5 requests are at work"):
+                client.embed(["a"])
+            with pytest.raises(OverloadedError, match=r"5 requests are at work"):
+                client.explain(["a"])
         for _ in range(5):
             pipeline.leave()
         engine.allow(1)

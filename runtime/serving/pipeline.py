@@ -71,7 +71,6 @@ class Pipeline:
         self._long = threading.Semaphore(_LONG_AT_A_TIME)
         self._taken = False
         self._called = False  # for the engine's thread
-        self._running_ms = 0.0  # what the batch that runs should take
         self._open = 0
         self._idle: list[asyncio.Event] = []
         self._closed = False
@@ -91,7 +90,8 @@ class Pipeline:
     def foreseen_wait_s(self, items: Sequence[TokenizedText]) -> float:
         """Return how long some items should wait for the batch that runs now and for what is in the queue."""
         with self._lock:
-            return 1e-3 * (self._running_ms + self._queue.wait_ms(sum(len(item.ids) for item in items)))
+            running_s = max(self._queue.busy_until_s - time.perf_counter(), 0.0)
+            return running_s + 1e-3 * self._queue.wait_ms(sum(len(item.ids) for item in items))
 
     def learn(self, rows: int, width: int, seconds: float) -> None:
         """Take note of what a batch cost."""
@@ -137,7 +137,12 @@ class Pipeline:
     def tokenize(
         self, texts: Sequence[str], instruction: Instruction, truncate: Truncate | None
     ) -> list[TokenizedText]:
-        """Tokenize texts as a request's are, a part at a time, and no more. Raises InputError, NotFoundError."""
+        """Tokenize texts as a request's are, a part at a time, and no more.
+
+        Raises InputError, NotFoundError, OverloadedError.
+        """
+        with self._lock:
+            self._check_open()
         self.embedder.check_texts(texts, instruction)
         items: list[TokenizedText] = []
         while len(items) < len(texts):
@@ -240,10 +245,13 @@ class Pipeline:
             prompt = self.embedder.loaded.tokenizer.prompt_text(call.instruction)
             tokens = self._density.tokens(prompt, call.texts, self.embedder.contract.max_tokens)
         with self._lock:
-            # Those that wait, those that run, and those that are tokenized or refused just now: each has a thread.
-            if self._open > self._most_open:
-                self._queue.refuse(f"{self._open - 1} requests are at work; the limit is {self._most_open}")
+            self._check_open()
             self._queue.check_door(time.perf_counter(), tokens, call.deadline_s)
+
+    def _check_open(self) -> None:
+        """Refuse one too many of those that wait, run, or are tokenized or refused just now: each has a thread."""
+        if self._open > self._most_open:
+            self._queue.refuse(f"{self._open - 1} requests are at work; the limit is {self._most_open}")
 
     def _reply(self, job: Job) -> EmbedReply:
         if job.error is not None:
@@ -344,12 +352,8 @@ class Pipeline:
         with self._lock:
             planned = self._queue.next_batch(time.perf_counter())
             expired, self._queue.expired = self._queue.expired, []
-            self._running_ms = 0.0
             if planned is None:
                 self._taken = False
-            else:
-                computed = self._shape(len(planned.rows), planned.width)
-                self._running_ms = self._queue.cost.batch_ms(computed, planned.width)
         for ticket in expired:
             ticket.payload.end(
                 DeadlineError("the deadline would pass before the answer is ready.", cure="Allow more time.")
