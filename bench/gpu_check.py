@@ -6,6 +6,11 @@ Runs as it stands on a machine with torch and CUDA alone (PYTHONPATH at the proj
 standard library only. Each contestant is a process of its own with its own share of the time, so one that crashes,
 hangs or fills the GPU takes nothing else with it. What is missing is skipped by name, with the reason. One table and
 one line of JSON are printed, and written to bench/results/gpu.md and gpu.json when something ran.
+
+    python -m bench.gpu_check --work DIR --prepare
+
+does beforehand, side by side on the CPU, what takes long and is not timed: checkpoints, exports, and what torch
+compiles. A run with the same --work finds it there.
 """
 
 from __future__ import annotations
@@ -21,8 +26,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,9 +39,11 @@ SIZES = ("0.6B", "mini", "4B")  # in the order in which time is spent
 _TORCH = [(dtype, mode) for dtype in ("float16", "bfloat16") for mode in ("eager", "compiled")]
 _ENGINES = [
     *((backend, precision) for backend in ("tensorrt", "tensorrt-rtx") for precision in ("fp16", "bf16", "int8")),
-    *(("onnxruntime-cuda", precision) for precision in ("fp16", "int8", "fp32")),
+    *(("onnxruntime-cuda", precision) for precision in ("fp16", "fp32", "int8")),
 ]
 _SHORT = {"float16": "fp16", "bfloat16": "bf16"}
+_PREPARED = ("fp16", "fp32", "int8")  # exports
+_CORES_EACH = 3  # of what is prepared side by side
 _LEAST_SHARE_S = 60.0
 _GRACE_S = 30.0  # beyond its share, before a contestant is ended
 
@@ -60,6 +68,12 @@ if "gpu" not in facts:
             name = bytes(p.name).split(b"\\0")[0].decode()
             facts |= {"gpu": name, "sm": f"sm{p.major}{p.minor}", "memory_gb": round(p.totalGlobalMem / 1e9, 1)}
     except ImportError:
+        pass
+from importlib import metadata
+for package in ("onnxruntime-gpu", "tensorrt-cu13-libs", "tensorrt-rtx-cu13-libs", "cuda-bindings"):
+    try:
+        facts[package] = metadata.version(package)
+    except metadata.PackageNotFoundError:
         pass
 print(json.dumps(facts))
 """
@@ -99,6 +113,51 @@ def contestants(sizes: list[str], work: Path) -> list[Contestant]:
     return found
 
 
+def preparations(sizes: list[str], work: Path) -> list[Contestant]:
+    """Return what can be made before anything is timed; the exports of one size share a checkpoint."""
+    found = []
+    for size in sizes:
+        export = ["bench.gpu_engines", "--size", size, "--work", str(work), "--prepare", "--precision"]
+        found += [Contestant(f"export {precision}", size, [*export, precision]) for precision in _PREPARED]
+        for dtype in _SHORT:
+            command = ["bench.gpu_torch", "--size", size, "--dtype", dtype, "--mode", "compiled", "--prepare"]
+            found.append(Contestant(f"torch {_SHORT[dtype]} compiled", size, command))
+    return found
+
+
+def prepare(sizes: list[str], work: Path) -> list[str]:
+    """Make everything of `preparations`, as many at once as the cores allow. Returns what did not work, and why."""
+    chains: dict[str, list[Contestant]] = {}
+    for job in preparations(sizes, work):
+        chains.setdefault(job.size if job.name.startswith("export") else f"{job.size} {job.name}", []).append(job)
+
+    def make(chain: list[Contestant]) -> list[str]:
+        problems = []
+        for job in chain:
+            started = time.monotonic()
+            done = subprocess.run(
+                [sys.executable, "-m", *job.command],
+                cwd=ROOT,
+                env=_environment(),
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            outcome = "done" if done.returncode == 0 else str(_death(done.returncode, done.stderr))
+            line = f"{job.size} {job.name}: {outcome} after {time.monotonic() - started:.0f} s"
+            print(line, file=sys.stderr, flush=True)
+            problems += [line] if done.returncode else []
+        return problems
+
+    at_once = max(1, len(os.sched_getaffinity(0)) // _CORES_EACH)
+    with ThreadPoolExecutor(at_once) as pool:
+        return [problem for problems in pool.map(make, chains.values()) for problem in problems]
+
+
+def _environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+
+
 def device() -> dict[str, Any]:
     """Return the facts of the GPU as a process of its own sees it; no "gpu" among them means that there is none."""
     done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, timeout=300, check=False)
@@ -124,7 +183,7 @@ def run(contestant: Contestant, seconds: float) -> Iterator[dict[str, Any]]:
     process = subprocess.Popen(
         [sys.executable, "-m", *contestant.command, "--seconds", f"{seconds:.0f}"],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))},
+        env=_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -197,7 +256,9 @@ def rows_of(contestant: Contestant, lines: Iterator[dict[str, Any]]) -> Iterator
         yield Row(check, contestant.name, contestant.size, status, skipped or failed, line)
 
 
-def check(sizes: list[str], seconds: float, work: Path) -> tuple[dict[str, Any], list[Row]]:
+def check(
+    sizes: list[str], seconds: float, work: Path, left_out: Collection[str] = ()
+) -> tuple[dict[str, Any], list[Row]]:
     """Run everything within `seconds`, a grace for the last one aside. Returns the device's facts and the rows."""
     facts = device()
     everyone = contestants(sizes, work)
@@ -211,13 +272,18 @@ def check(sizes: list[str], seconds: float, work: Path) -> tuple[dict[str, Any],
         if contestant.name in absent:  # what is missing for one size is missing for all
             rows.append(Row("all", contestant.name, contestant.size, "skipped", absent[contestant.name]))
             continue
+        if f"{contestant.size} {contestant.name}" in left_out:
+            rows.append(Row("all", contestant.name, contestant.size, "skipped", "left out of this run"))
+            continue
         if left < _LEAST_SHARE_S / 2:
             rows.append(Row("all", contestant.name, contestant.size, "skipped", "out of time"))
             continue
         share = min(left, max(_LEAST_SHARE_S, 2 * left / (len(everyone) - index)))
         print(f"{contestant.size} {contestant.name}: up to {share:.0f} s", file=sys.stderr, flush=True)
         found = list(rows_of(contestant, run(contestant, share)))
-        rows += found or [Row("all", contestant.name, contestant.size, "failed", "it printed nothing")]
+        found = found or [Row("all", contestant.name, contestant.size, "failed", "it printed nothing")]
+        print("\n".join(json.dumps(vars(row)) for row in found), file=sys.stderr, flush=True)
+        rows += found
         if [(row.check, row.status) for row in found] == [("all", "skipped")] and "out of time" not in found[0].reason:
             absent[contestant.name] = found[0].reason
     return facts, rows
@@ -273,17 +339,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=1500.0, help="for everything together")
     parser.add_argument("--sizes", default=",".join(SIZES), help="comma-separated, in order: mini, 0.6B, 4B")
-    parser.add_argument("--work", type=Path, help="where checkpoints and engines go; a temporary folder by default")
+    parser.add_argument("--work", type=Path, help="where checkpoints and engines stay; a temporary folder by default")
+    parser.add_argument("--leave-out", default="", help='comma-separated, such as "4B onnxruntime-cuda:int8"')
+    parser.add_argument("--prepare", action="store_true", help="make what is not timed in --work, and stop")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where gpu.json and gpu.md go")
     options = parser.parse_args()
     sizes = [size.strip() for size in options.sizes.split(",") if size.strip()]
     if not sizes or set(sizes) - set(SIZES):
         parser.error(f"--sizes {options.sizes!r}: choose of {', '.join(SIZES)}")
+    left_out = [name.strip() for name in options.leave_out.split(",") if name.strip()]
+    known = {f"{c.size} {c.name}" for c in contestants(sizes, Path())}
+    if unknown := [name for name in left_out if name not in known]:
+        parser.error(f"--leave-out {unknown[0]!r} is none of: {', '.join(sorted(known))}")
     if options.work is not None:
         options.work.mkdir(parents=True, exist_ok=True)
+    if options.prepare:
+        if options.work is None:
+            parser.error("--prepare needs --work: the folder in which the run will look")
+        sys.exit(1 if prepare(sizes, options.work) else 0)
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="f2rt-gpu-", dir=options.work) as folder:
-        facts, rows = check(sizes, options.seconds, Path(folder))
+    with ExitStack() as stack:
+        work = options.work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="f2rt-gpu-")))
+        facts, rows = check(sizes, options.seconds, work, left_out)
     command = f"python -m bench.gpu_check --seconds {options.seconds:g} --sizes {','.join(sizes)}"
     counts = {status: sum(row.status == status for row in rows) for status in ("ok", "skipped", "failed")}
     note = f"{counts['ok']} ok, {counts['failed']} failed, {counts['skipped']} skipped"

@@ -3,7 +3,7 @@
     python -m bench.gpu_engines --size mini --backend tensorrt-rtx --precision fp16 --work DIR --seconds 120
 
 prints lines of JSON: whether it loads and runs, parity with PyTorch (mini), and the time of each batch shape.
-What cannot be done is a line with the reason; only what really ran has numbers.
+What cannot be done is a line with the reason; only what really ran has numbers. `--prepare` exports the bundle alone.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 PROFILES = "1x128,1x512,8x128,8x512,64x128,64x512"
 PARITY_TEXTS = 200
+_MOST_S = 1.5  # of timed runs for one shape
 _CALIBRATION_TEXTS = 8  # for the synthetic sizes: their activations mean nothing
 
 
@@ -65,7 +66,7 @@ def check(
             if left <= 0:
                 yield {"rows": rows, "tokens": tokens, "skipped": "out of time"}
                 continue
-            share = min(10.0, left / (len(SHAPES) - index) / 2)
+            share = min(_MOST_S, left / (len(SHAPES) - index) / 2)
             yield clock(run, rows, tokens, SIZES[size].vocabulary, share)
     finally:
         engine.close()
@@ -153,11 +154,17 @@ def main() -> None:
     """Check one engine and print its lines; what stops it is the last one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", required=True)
-    parser.add_argument("--backend", choices=BACKENDS, required=True)
+    parser.add_argument("--backend", choices=BACKENDS)
     parser.add_argument("--precision", choices=PRECISIONS, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=120.0)
+    parser.add_argument("--prepare", action="store_true", help="make checkpoint and bundle only")
     options = parser.parse_args()
+    if options.prepare:
+        prepare(options.size, options.precision, options.work)
+        return
+    if options.backend is None:
+        parser.error("--backend is missing")
     try:
         for line in check(options.size, options.backend, options.precision, options.work, options.seconds):
             print(json.dumps(line), flush=True)

@@ -6,7 +6,6 @@ None of them holds a host name or a path of the machine.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -20,6 +19,8 @@ from rich.table import Table
 import runtime
 from runtime import console
 from runtime.cores import physical_cores
+from runtime.cpu import cpu_facts
+from runtime.packages import installed_version
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -53,7 +54,7 @@ def machine(packages: Sequence[str]) -> Machine:
     """Return the facts of this machine and the versions of `packages`."""
     ram_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     versions = {"f2rt": runtime.__version__, "python": platform.python_version()}
-    versions |= {name: importlib.metadata.version(name) for name in packages}
+    versions |= {name: installed_version(name) for name in packages}
     system = f"{platform.system()} {'.'.join(platform.release().split('.')[:2])}"
     return Machine(
         _cpu(), physical_cores(), round(ram_bytes / 2**30, 1), system, round(os.getloadavg()[2], 1), versions
@@ -112,11 +113,9 @@ def _cpu() -> str:
 
     And with what it has of the extensions that decide how fast INT8 and bf16 are.
     """
-    path = Path("/proc/cpuinfo")
-    if not path.is_file():
+    facts = cpu_facts()
+    if not facts:
         return platform.processor() or platform.machine()
-    pairs = [line.split(":", 1) for line in path.read_text().splitlines() if ":" in line]
-    facts = {key.strip(): value.strip() for key, value in reversed(pairs)}
     name = facts.get("model name", platform.machine())
     extensions = [e for e in facts.get("flags", "").split() if e in _EXTENSIONS]
     has = ", ".join(extensions) or "none of AVX-512, VNNI, bf16, AMX"

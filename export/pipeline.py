@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -45,6 +44,7 @@ from runtime.bundle import (
 )
 from runtime.errors import CheckpointError, OutputError, explain_memory_errors
 from runtime.files import copy_file, staged_folder
+from runtime.packages import installed_version
 
 # bf16 matrices have no kernel in ONNX Runtime on CPU: that graph is for builders.
 _ONNXRUNTIME_PRECISIONS = (Precision.FP32, Precision.FP16, Precision.INT8)
@@ -211,7 +211,7 @@ def onnxruntime_engine(content: str, graph: GraphRecord) -> EngineRecord:
 
 def versions(packages: list[str]) -> dict[str, str]:
     """Return the versions of f2rt, Python and the packages named."""
-    found = {name: importlib.metadata.version(name) for name in packages}
+    found = {name: installed_version(name) for name in packages}
     return {"f2rt": runtime.__version__, "python": platform.python_version(), **found}
 
 

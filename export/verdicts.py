@@ -22,6 +22,7 @@ from runtime.errors import BundleError, EngineError, MissingExtraError, NotExecu
 from runtime.files import sha256_file
 from runtime.gate import is_older, report_problem
 from runtime.loader import open_raw_engine
+from runtime.packages import installed_version
 from runtime.policy import Policy
 from runtime.settings import EngineSettings
 
@@ -38,7 +39,7 @@ def run_versions(backend: str) -> dict[str, str]:
     found = {"f2rt": runtime.__version__, **reference_versions()}
     for package in ("tokenizers", _RUNNERS.get(backend, backend)):
         try:
-            found[package] = importlib.metadata.version(package)
+            found[package] = installed_version(package)
         except importlib.metadata.PackageNotFoundError:
             continue  # such an engine cannot run here, so nothing here can have changed for it
     return found

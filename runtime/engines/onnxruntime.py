@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from runtime.batch import Batch
 from runtime.cores import usable_cores
+from runtime.cpu import has_wide_int8_products
 from runtime.engines.buckets import Bucket
 from runtime.errors import (
     EngineError,
@@ -75,7 +76,8 @@ class OnnxRuntimeEngine:
             _preload_cuda()
             options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
+            chosen = [(provider, _cuda_options(precision))] if provider == CUDA else [provider]
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=chosen)
         except Exception as error:  # the library's exceptions share no base class
             if is_out_of_memory(error):
                 raise OutOfMemoryError(
@@ -117,12 +119,14 @@ def session_options(threads: int = 0, *, exact: bool = False) -> onnxruntime.Ses
 
     Without VNNI the kernels for uint8 x int8 add pairs of products in 16 bits, which saturate. On such a CPU `exact`
     has the library take the weights as uint8, too, whose kernels add in 32 bits and are as fast. It rewrites the zero
-    points for this, and fails at the first run of a graph where an int8 matrix has none of its own.
+    points for this, and fails at the first run of a graph where an int8 matrix has none of its own. With VNNI or AMX
+    the products are exact as they are, and the rewritten ones have no such kernels: three times as slow. The library
+    would rewrite them there as well, so it is asked only where it helps.
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or usable_cores()
     options.log_severity_level = 3
-    if exact:
+    if exact and not has_wide_int8_products():
         options.add_session_config_entry("session.x64quantprecision", "1")
     return options
 
@@ -163,6 +167,11 @@ def check_placement(name: str, session: onnxruntime.InferenceSession) -> None:
             f"run them on the CPU: {', '.join(strays[:3])}{more}.",
             cure="Choose another precision, or the onnxruntime engine.",
         )
+
+
+def _cuda_options(precision: str) -> dict[str, str]:
+    """By default the library rounds the inputs of float32 products to TF32's 10 bits: not what fp32 says."""
+    return {"use_tf32": "0" if precision == "fp32" else "1"}
 
 
 def _require_cuda_package() -> None:

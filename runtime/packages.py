@@ -1,0 +1,20 @@
+"""Which version of a package is installed here. ONNX Runtime is one module in two packages, for CPU and for GPU."""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+_ALSO_AS = {"onnxruntime": "onnxruntime-gpu"}
+
+
+def installed_version(package: str) -> str:
+    """Return a version; for `onnxruntime` that of the module, whichever of the two packages brought it.
+
+    Raises importlib.metadata.PackageNotFoundError when it is not installed.
+    """
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        if package not in _ALSO_AS:
+            raise
+        return importlib.metadata.version(_ALSO_AS[package])
