@@ -362,6 +362,8 @@ def main() -> None:
         work = options.work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="f2rt-gpu-")))
         facts, rows = check(sizes, options.seconds, work, left_out)
     command = f"python -m bench.gpu_check --seconds {options.seconds:g} --sizes {','.join(sizes)}"
+    if left_out:
+        command += f' --leave-out "{",".join(left_out)}"'
     counts = {status: sum(row.status == status for row in rows) for status in ("ok", "skipped", "failed")}
     note = f"{counts['ok']} ok, {counts['failed']} failed, {counts['skipped']} skipped"
     lines = table(rows)
