@@ -78,6 +78,51 @@ def test_unknown_size_is_refused() -> None:
     assert "choose of 0.6B, mini, 4B" in done.stderr
 
 
+def test_preparing_needs_a_folder_to_find_again() -> None:
+    done = command("--prepare")
+    assert done.returncode == 2
+    assert "--prepare needs --work" in done.stderr
+
+
+def test_what_is_left_out_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = command("--leave-out", "4B onnxruntime-cuda:int4")
+    assert done.returncode == 2
+    assert "--leave-out '4B onnxruntime-cuda:int4' is none of: 0.6B onnxruntime-cuda:fp16, " in done.stderr
+    order = [Contestant("torch fp16 eager", "4B", ["never_started"])]
+    monkeypatch.setattr(gpu_check, "device", lambda: {"gpu": "a double"})
+    monkeypatch.setattr(gpu_check, "contestants", lambda sizes, work: order)
+    _, (row,) = gpu_check.check(["4B"], 100.0, tmp_path, ["4B torch fp16 eager"])
+    assert (row.status, row.reason) == ("skipped", "left out of this run")
+
+
+def test_preparing_says_what_it_made_and_what_not(
+    player: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Exports of one size follow one another, since they share a checkpoint; the rest goes beside them."""
+    first = player("open('first', 'w')", "export fp16")
+    second = player("open('first').close()", "export fp32")
+    broken = player("raise ValueError('broken')", "torch fp16 compiled")
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_check, "preparations", lambda sizes, work: [first, broken, second])
+    (problem,) = gpu_check.prepare(["mini"], tmp_path)
+    assert "mini torch fp16 compiled: " in problem
+    assert "ValueError: broken" in problem
+    said = capfd.readouterr().err
+    assert "mini export fp16: done after" in said
+    assert "mini export fp32: done after" in said
+
+
+def test_preparations_are_what_a_run_looks_for(tmp_path: Path) -> None:
+    jobs = gpu_check.preparations(["mini", "4B"], tmp_path)
+    assert [job.name for job in jobs if job.size == "4B"] == [
+        *("export fp16", "export fp32", "export int8"),
+        *("torch fp16 compiled", "torch bf16 compiled"),
+    ]
+    timed = {(c.size, c.name) for c in gpu_check.contestants(["mini", "4B"], tmp_path)}
+    assert {(job.size, job.name) for job in jobs if job.name.startswith("torch")} <= timed
+    assert all("--prepare" in job.command for job in jobs)
+
+
 # --- the torch side
 
 

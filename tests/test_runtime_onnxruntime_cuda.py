@@ -111,3 +111,30 @@ def test_auto_passes_over_an_engine_that_does_not_open(bundle_copy: Bundle, monk
     loaded.engine.close()
     with pytest.raises(NotExecutableError, match="cannot use CUDA here"):
         load_engine(bundle, "onnxruntime-cuda:fp32")
+
+
+@pytest.mark.parametrize(("precision", "tf32"), [("fp32", "0"), ("fp16", "1"), ("int8", "1")])
+def test_fp32_on_a_gpu_is_fp32(
+    narrow_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, precision: str, tf32: str
+) -> None:
+    """The library's default, TF32, moved components of the bundled checkpoint by 1e-4 on a GPU."""
+    from runtime.engines import onnxruntime as engine
+
+    asked: list[Any] = []
+
+    def refuse(path: str, options: Any, providers: list[Any]) -> Any:
+        asked.extend(providers)
+        raise RuntimeError("asked")
+
+    monkeypatch.setattr(engine.onnxruntime, "get_available_providers", lambda: [CUDA, CPU])
+    monkeypatch.setattr(engine.onnxruntime, "InferenceSession", refuse)
+    with pytest.raises(EngineError, match="asked"):
+        OnnxRuntimeEngine(
+            narrow_bundle.path("graphs/fp16.onnx"),
+            name="e",
+            precision=precision,
+            fingerprint="f",
+            settings=EngineSettings(),
+            provider=CUDA,
+        )
+    assert asked == [(CUDA, {"use_tf32": tf32})]
