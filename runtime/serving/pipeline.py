@@ -5,15 +5,11 @@ engine idle takes it and runs its own batch itself: at low load a request is tok
 received it, without a single hand-over, each of which costs more than a short text's tokenization. Whatever came
 meanwhile is served by the engine's thread, until the queue is empty. While it computes, the threads of other requests
 tokenize, so that the next batch waits ready when the engine is free.
-
-Copies of a vector here: none for a request that has a batch to itself in its own order, one otherwise.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
 import queue
 import threading
 import time
@@ -23,27 +19,21 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.batch import make_batch
-from runtime.cost import Density
-from runtime.embedder import Embedder, not_finite
+from runtime.embedder import Embedder
 from runtime.engines.buckets import computed_tokens
 from runtime.errors import DeadlineError, EngineError, F2rtError, UnavailableError
 from runtime.scheduler import FairQueue, Planned, Shape, Ticket
+from runtime.serving.batches import Batches, Rows
 from runtime.serving.call import EmbedCall, EmbedReply
 from runtime.serving.job import Job
 from runtime.serving.metrics import EngineMetrics
+from runtime.serving.tokenizing import Tokenizing
 from runtime.settings import SchedulingSettings
 from runtime.tokenizer import Instruction, TokenizedText, Truncate
 
-log = logging.getLogger("f2rt.pipeline")
-
 _WORKERS = 2  # threads that tokenize for coroutines
-_CHUNK_CHARS = 32_768  # tokenized at a time there: a long request does not keep a worker from short ones
-_CHUNK_TEXTS = 64
-_LONG_AT_A_TIME = 2  # texts of more than a chunk: while a million characters are tokenized they take 200 MiB
 
 Result = TypeVar("Result")
-Rows = Sequence[tuple[Job, int]]
 
 
 class Pipeline:
@@ -56,7 +46,8 @@ class Pipeline:
         self.embedder = embedder
         self.on_engine_error: Callable[[EngineError], None] = lambda error: None  # called in the event loop
         self._scheduling = scheduling
-        self._truncate = truncate
+        self._tokenizing = Tokenizing(embedder, truncate)
+        self._batches = Batches(embedder, self._ran, self._fail)
         self._metrics = metrics
         self._loop = asyncio.get_running_loop()
         buckets = embedder.loaded.engine.buckets
@@ -67,8 +58,6 @@ class Pipeline:
         self._company = threading.Condition(self._lock)
         self._queue = FairQueue(embedder.limits, scheduling, shape=self._shape)
         self._most_open = scheduling.max_waiting_requests + embedder.limits.max_batch_rows
-        self._density = Density()
-        self._long = threading.Semaphore(_LONG_AT_A_TIME)
         self._taken = False
         self._called = False  # for the engine's thread
         self._open = 0
@@ -127,8 +116,8 @@ class Pipeline:
         ended.acquire()
         job = Job(call, ended.release)
         begun(job)
-        while len(job.items) < call.items and not job.abandoned:
-            self._tokenize(job, _chunk(call.texts, len(job.items)))
+        while not self._tokenize(job) and not job.abandoned:
+            pass
         if self._admit(job):
             self._lead(job)
         ended.acquire()
@@ -143,12 +132,7 @@ class Pipeline:
         """
         with self._lock:
             self._check_open()
-        self.embedder.check_texts(texts, instruction)
-        items: list[TokenizedText] = []
-        while len(items) < len(texts):
-            part = texts[len(items) : len(items) + _chunk(texts, len(items))]
-            items += self._encode(part, instruction, truncate or self._truncate, len(items))
-        return self.embedder.check_tokens(items)
+        return self._tokenizing.tokenize(texts, instruction, truncate)
 
     def abandon(self, job: Job) -> None:
         """Drop what of a request is not computed yet: nobody waits for it."""
@@ -240,10 +224,7 @@ class Pipeline:
         self.embedder.check_dimensions(call.dimensions)
         # With an empty queue nothing is refused, and nothing needs to be foreseen. Token ids are counted when they are
         # unpacked, which costs no more than counting them here.
-        tokens = 0
-        if len(self._queue) and call.texts:
-            prompt = self.embedder.loaded.tokenizer.prompt_text(call.instruction)
-            tokens = self._density.tokens(prompt, call.texts, self.embedder.contract.max_tokens)
+        tokens = self._tokenizing.foresee(call) if len(self._queue) else 0
         with self._lock:
             self._check_open()
             self._queue.check_door(time.perf_counter(), tokens, call.deadline_s)
@@ -262,38 +243,18 @@ class Pipeline:
             job.vectors, job.items, embedder.fingerprint, embedder.contract.trained_dims, job.watch.read()
         )
 
-    def _tokenize(self, job: Job, most: int) -> None:
-        """Tokenize the next `most` texts of a request, or take its token ids as they are."""
-        call, embedder = job.call, self.embedder
-        first = len(job.items)
+    def _tokenize(self, job: Job) -> bool:
+        """Tokenize the next part of a request; returns whether that was all."""
         try:
-            if call.token_ids:
-                job.items = embedder.verbatim(call.token_ids)
-                return
-            if not first:
-                embedder.check_texts(call.texts, call.instruction)
-            texts = call.texts[first : first + most]
-            job.items += self._encode(texts, call.instruction, call.truncate or self._truncate, first)
-            if len(job.items) == len(call.texts):
-                embedder.check_tokens(job.items)
-                prompt = embedder.loaded.tokenizer.prompt_text(call.instruction)
-                self._density.observe(prompt, texts, sum(item.original_tokens for item in job.items[first:]))
+            return self._tokenizing.take_part(job)
         except F2rtError:
             with self._lock:
                 self._queue.turned_away()
             raise
 
-    def _encode(
-        self, texts: Sequence[str], instruction: Instruction, truncate: Truncate, first: int
-    ) -> list[TokenizedText]:
-        is_long = sum(map(len, texts)) > _CHUNK_CHARS
-        with self._long if is_long else contextlib.nullcontext():
-            return self.embedder.encode(texts, instruction, truncate, first=first)
-
     def _tokenize_in_turns(self, job: Job) -> None:
         """Tokenize a part of a request, and go to the end of the line for the rest; then queue it."""
-        self._tokenize(job, _chunk(job.call.texts, len(job.items)))
-        if len(job.items) < job.call.items and not job.abandoned:
+        if not self._tokenize(job) and not job.abandoned:
             self._inbox.put(lambda: self._guarded(job, self._tokenize_in_turns))
         elif self._admit(job):
             self._lead(job)
@@ -362,79 +323,15 @@ class Pipeline:
             return False
         jobs: Rows = [(ticket.payload, index) for ticket, index in planned.rows]
         try:
-            self._run(planned, jobs)
+            self._batches.run(planned, jobs)
         except Exception as error:  # noqa: BLE001  (a fault of ours must not take the engine along with it)
-            self._fail({job for job, _ in jobs}, self._unexpected(error, planned.width, len(jobs)))
+            self._fail({job for job, _ in jobs}, self._batches.unexpected(error, planned.width, len(jobs)))
         return True
 
-    def _run(self, planned: Planned, jobs: Rows) -> None:
-        try:
-            vectors, took_s = self._infer(jobs)
-        except F2rtError as error:
-            self._run_apart(planned, jobs, error)
-            return
-        self.learn(len(jobs), planned.width, took_s)
-        self._metrics.batch(len(jobs), planned.tokens, self._shape(len(jobs), planned.width), took_s)
-        self._deliver(jobs, vectors, took_s)
-
-    def _infer(self, jobs: Rows) -> tuple[NDArray[np.float32], float]:
-        """Run some rows as one batch; returns their vectors and the seconds it took. Raises EngineError."""
-        rows = [job.items[index].ids for job, index in jobs]
-        try:
-            batch = make_batch(rows, self.embedder.contract.pad_id)
-            began_s = time.perf_counter()
-            return self.embedder.run(batch), time.perf_counter() - began_s
-        except F2rtError:
-            raise
-        except Exception as error:
-            raise self._unexpected(error, max(map(len, rows)), len(rows)) from error
-
-    def _unexpected(self, error: Exception, width: int, rows: int) -> EngineError:
-        """Return what callers are told of an exception that nobody foresaw; the log has all of it."""
-        log.error("a batch of %d x %d failed unexpectedly", rows, width, exc_info=error)
-        return EngineError(
-            f"{self.embedder.loaded.engine.name} failed on a batch of {rows} x {width}: {type(error).__name__}.",
-            cure="The server's log has the details.",
-        )
-
-    def _run_apart(self, planned: Planned, jobs: Rows, error: F2rtError) -> None:
-        """Run each request's part of a failed batch by itself: only one that cannot be run fails."""
-        parts: dict[Job, list[tuple[Job, int]]] = {}
-        for job, index in jobs:
-            parts.setdefault(job, []).append((job, index))
-        if len(parts) == 1:
-            self._fail(parts, error)
-            return
-        log.warning("a batch of %d x %d failed, its requests run alone: %s", len(jobs), planned.width, error)
-        for job, part in parts.items():
-            try:
-                self._deliver(part, *self._infer(part))
-            except F2rtError as own:
-                self._fail([job], own)
-
-    def _deliver(self, jobs: Rows, vectors: NDArray[np.float32], took_s: float) -> None:
-        """Give each request its rows, and end those that have all of them."""
-        finite = np.isfinite(vectors).all(axis=1)
-        if not finite.all():
-            for row in np.flatnonzero(~finite).tolist():
-                job, index = jobs[row]
-                self._fail([job], not_finite(self.embedder.loaded.engine.name, index, len(job.items[index].ids)))
-        rows_of: dict[Job, tuple[list[int], list[int]]] = {}
-        for row, (job, index) in enumerate(jobs):
-            here, there = rows_of.setdefault(job, ([], []))
-            here.append(row)
-            there.append(index)
-        for job, (here, there) in rows_of.items():
-            job.watch.infer_s += took_s
-            job.left -= len(here)
-            if len(rows_of) == 1 and there == list(range(len(job.items))):
-                job.vectors = vectors
-            else:
-                if job.vectors is None:
-                    job.vectors = np.empty((len(job.items), vectors.shape[1]), np.float32)
-                job.vectors[there] = vectors[here]
-            if not job.left:
-                job.end()
+    def _ran(self, rows: int, planned: Planned, took_s: float) -> None:
+        """Take note of a batch that was run as planned."""
+        self.learn(rows, planned.width, took_s)
+        self._metrics.batch(rows, planned.tokens, self._shape(rows, planned.width), took_s)
 
     def _fail(self, jobs: Iterable[Job], error: Exception) -> None:
         with self._lock:
@@ -457,13 +354,3 @@ class Pipeline:
         except RuntimeError:  # the loop is closed: nobody waits any more
             if not self._loop.is_closed():
                 raise
-
-
-def _chunk(texts: Sequence[str], first: int) -> int:
-    """Return how many texts from `first` on are tokenized at once: at least one."""
-    chars = 0
-    for count, text in enumerate(texts[first : first + _CHUNK_TEXTS]):
-        chars += len(text)
-        if chars > _CHUNK_CHARS:
-            return max(count, 1)
-    return _CHUNK_TEXTS
