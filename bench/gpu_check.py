@@ -9,8 +9,8 @@ one line of JSON are printed, and written to bench/results/gpu.md and gpu.json w
 
     python -m bench.gpu_check --work DIR --prepare
 
-does beforehand, side by side on the CPU, what takes long and is not timed: checkpoints, exports, and what torch
-compiles. A run with the same --work finds it there.
+does beforehand, side by side, what takes long and is not timed: checkpoints and exports, which need no GPU, and what
+torch compiles, which does. A run with the same --work finds it there.
 """
 
 from __future__ import annotations
@@ -29,9 +29,11 @@ import time
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from bench.gpu_table import Row, markdown, plain, table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -42,7 +44,6 @@ _ENGINES = [
     *(("onnxruntime-cuda", precision) for precision in ("fp16", "fp32", "int8")),
 ]
 _SHORT = {"float16": "fp16", "bfloat16": "bf16"}
-_PREPARED = ("fp16", "fp32", "int8")  # exports
 _CORES_EACH = 3  # of what is prepared side by side
 _LEAST_SHARE_S = 60.0
 _GRACE_S = 30.0  # beyond its share, before a contestant is ended
@@ -88,18 +89,6 @@ class Contestant:
     command: list[str]
 
 
-@dataclass
-class Row:
-    """One line of the result. `status` is ok, skipped or failed; only an ok line has numbers."""
-
-    check: str
-    engine: str
-    size: str
-    status: str
-    reason: str = ""
-    numbers: dict[str, Any] = field(default_factory=dict)
-
-
 def contestants(sizes: list[str], work: Path) -> list[Contestant]:
     """Return who runs, in order: for each size torch, then every engine flavour and precision."""
     found = []
@@ -113,45 +102,41 @@ def contestants(sizes: list[str], work: Path) -> list[Contestant]:
     return found
 
 
-def preparations(sizes: list[str], work: Path) -> list[Contestant]:
+def preparations(sizes: list[str], work: Path, left_out: Collection[str] = ()) -> list[Contestant]:
     """Return what can be made before anything is timed; the exports of one size share a checkpoint."""
     found = []
     for size in sizes:
-        export = ["bench.gpu_engines", "--size", size, "--work", str(work), "--prepare", "--precision"]
-        found += [Contestant(f"export {precision}", size, [*export, precision]) for precision in _PREPARED]
-        for dtype in _SHORT:
+        engines = [(b, p) for b, p in _ENGINES if f"{size} {b}:{p}" not in left_out]
+        for precision in dict.fromkeys(precision for _, precision in engines):
+            command = ["bench.gpu_engines", "--size", size, "--work", str(work), "--precision", precision, "--prepare"]
+            found.append(Contestant(f"export {precision}", size, command))
+        for dtype, short in _SHORT.items():
             command = ["bench.gpu_torch", "--size", size, "--dtype", dtype, "--mode", "compiled", "--prepare"]
-            found.append(Contestant(f"torch {_SHORT[dtype]} compiled", size, command))
+            if f"{size} torch {short} compiled" not in left_out:
+                found.append(Contestant(f"torch {short} compiled", size, command))
     return found
 
 
-def prepare(sizes: list[str], work: Path) -> list[str]:
-    """Make everything of `preparations`, as many at once as the cores allow. Returns what did not work, and why."""
+def prepare(sizes: list[str], work: Path, seconds: float, left_out: Collection[str] = ()) -> list[Row]:
+    """Make everything of `preparations`, as many at once as the cores allow, each within `seconds`."""
     chains: dict[str, list[Contestant]] = {}
-    for job in preparations(sizes, work):
+    for job in preparations(sizes, work, left_out):
         chains.setdefault(job.size if job.name.startswith("export") else f"{job.size} {job.name}", []).append(job)
 
-    def make(chain: list[Contestant]) -> list[str]:
-        problems = []
+    def make(chain: list[Contestant]) -> list[Row]:
+        rows = []
         for job in chain:
             started = time.monotonic()
-            done = subprocess.run(
-                [sys.executable, "-m", *job.command],
-                cwd=ROOT,
-                env=_environment(),
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            outcome = "done" if done.returncode == 0 else str(_death(done.returncode, done.stderr))
-            line = f"{job.size} {job.name}: {outcome} after {time.monotonic() - started:.0f} s"
-            print(line, file=sys.stderr, flush=True)
-            problems += [line] if done.returncode else []
-        return problems
+            found = list(rows_of(job, run(job, seconds)))
+            worst = next((row for row in found if row.status != "ok"), Row("prepared", job.name, job.size, "ok"))
+            what = f"{worst.status}: {worst.reason}" if worst.reason else "done"
+            print(f"{job.size} {job.name}: {what}, {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+            rows.append(worst)
+        return rows
 
     at_once = max(1, len(os.sched_getaffinity(0)) // _CORES_EACH)
     with ThreadPoolExecutor(at_once) as pool:
-        return [problem for problems in pool.map(make, chains.values()) for problem in problems]
+        return [row for rows in pool.map(make, chains.values()) for row in rows]
 
 
 def _environment() -> dict[str, str]:
@@ -289,59 +274,19 @@ def check(
     return facts, rows
 
 
-COLUMNS = ["check", "engine", "size", "rows x tokens", "median ms", "texts/s", "against best torch", "result"]
-
-
-def table(rows: list[Row]) -> list[list[str]]:
-    """Return the rows as texts under COLUMNS. A ratio above 1: faster than the fastest torch at that shape."""
-    best: dict[tuple[str, int, int], float] = {}
-    for row in rows:
-        if row.status == "ok" and row.check == "latency" and row.engine.startswith("torch"):
-            key = (row.size, row.numbers["rows"], row.numbers["tokens"])
-            best[key] = min(best.get(key, float("inf")), row.numbers["median_ms"])
-    lines = []
-    for row in rows:
-        n, shape, ratio = row.numbers, "", ""
-        if "rows" in n:
-            shape = f"{n['rows']} x {n['tokens']}"
-            torch_ms = best.get((row.size, n["rows"], n["tokens"]))
-            if torch_ms and "median_ms" in n:
-                ratio = f"{torch_ms / n['median_ms']:.2f}"
-        result = f"{row.status}: {row.reason}" if row.reason else row.status
-        if "min_cosine" in n:
-            result += f", min cosine {n['min_cosine']:.6f} on {n['texts']} texts"
-        if "build_s" in n:
-            result += f", built in {n['build_s']} s, loaded in {n['load_s']} s"
-        median, rate = (f"{n[k]:.3f}" if k in n else "" for k in ("median_ms", "texts_per_s"))
-        lines.append([row.check, row.engine, row.size, shape, median, rate, ratio, result])
-    return lines
-
-
-def plain(lines: list[list[str]]) -> str:
-    """Return a table for a terminal."""
-    widths = [max(len(line[i]) for line in [COLUMNS, *lines]) for i in range(len(COLUMNS) - 1)]
-    return "\n".join(
-        "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[-1]]).rstrip()
-        for line in [COLUMNS, *lines]
-    )
-
-
-def markdown(lines: list[list[str]], facts: dict[str, Any], command: str, note: str) -> str:
-    """Return the same table for a page."""
-    body = [COLUMNS, ["---"] * len(COLUMNS), *lines]
-    where = ", ".join(f"{key} {value}" for key, value in facts.items() if value is not None)
-    cells = "\n".join(f"| {' | '.join(line)} |" for line in body)
-    return f"# GPU check\n\n```\n{command}\n```\n\n{cells}\n\n- {note}\n- {where}\n"
-
-
 def main() -> None:
     """Run the check; exits with 0 unless something that could run failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=1500.0, help="for everything together")
     parser.add_argument("--sizes", default=",".join(SIZES), help="comma-separated, in order: mini, 0.6B, 4B")
-    parser.add_argument("--work", type=Path, help="where checkpoints and engines stay; a temporary folder by default")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        help="where checkpoints and exports stay and are found again; a temporary folder by default",
+    )
+    parser.add_argument("--note", default="", help="what to know of this run, for the results")
     parser.add_argument("--leave-out", default="", help='comma-separated, such as "4B onnxruntime-cuda:int8"')
-    parser.add_argument("--prepare", action="store_true", help="make what is not timed in --work, and stop")
+    parser.add_argument("--prepare", action="store_true", help="make what is not timed, and stop")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where gpu.json and gpu.md go")
     options = parser.parse_args()
     sizes = [size.strip() for size in options.sizes.split(",") if size.strip()]
@@ -353,25 +298,29 @@ def main() -> None:
         parser.error(f"--leave-out {unknown[0]!r} is none of: {', '.join(sorted(known))}")
     if options.work is not None:
         options.work.mkdir(parents=True, exist_ok=True)
-    if options.prepare:
-        if options.work is None:
-            parser.error("--prepare needs --work: the folder in which the run will look")
-        sys.exit(1 if prepare(sizes, options.work) else 0)
+    if options.prepare and options.work is None:
+        parser.error("--prepare needs --work: the folder in which the run will look")
     started = time.monotonic()
     with ExitStack() as stack:
         work = options.work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="f2rt-gpu-")))
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(work.resolve() / "inductor"))
+        if options.prepare:
+            made = prepare(sizes, work, options.seconds, left_out)
+            sys.exit(1 if any(row.status == "failed" for row in made) else 0)
         facts, rows = check(sizes, options.seconds, work, left_out)
     command = f"python -m bench.gpu_check --seconds {options.seconds:g} --sizes {','.join(sizes)}"
     if left_out:
         command += f' --leave-out "{",".join(left_out)}"'
     counts = {status: sum(row.status == status for row in rows) for status in ("ok", "skipped", "failed")}
-    note = f"{counts['ok']} ok, {counts['failed']} failed, {counts['skipped']} skipped"
+    note = f"{options.note}; " if options.note else ""
+    note += f"{counts['ok']} ok, {counts['failed']} failed, {counts['skipped']} skipped"
     lines = table(rows)
     print(plain(lines))
     whole = {
         "name": "gpu",
         "command": command,
         "device": facts,
+        "note": options.note,
         "seconds": round(time.monotonic() - started, 1),
         "counts": counts,
         "results": [vars(row) for row in rows],

@@ -22,7 +22,6 @@ BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 PROFILES = "1x128,1x512,8x128,8x512,64x128,64x512"
 PARITY_TEXTS = 200
-_MOST_S = 1.5  # of timed runs for one shape
 _CALIBRATION_TEXTS = 8  # for the synthetic sizes: their activations mean nothing
 
 
@@ -30,7 +29,7 @@ def check(
     size: str, backend: str, precision: str, work: Path, seconds: float, *, target: str | None = None
 ) -> Iterator[dict[str, Any]]:
     """Yield what became of one engine. Raises F2rtError or ImportError for what stands in the way of all of it."""
-    from bench.gpu_torch import SHAPES, SIZES, clock
+    from bench.gpu_torch import MOST_S, SHAPES, SIZES, clock
     from export.build import add_engine
     from export.profiles import parse_profiles
     from runtime.batch import Batch
@@ -66,7 +65,7 @@ def check(
             if left <= 0:
                 yield {"rows": rows, "tokens": tokens, "skipped": "out of time"}
                 continue
-            share = min(_MOST_S, left / (len(SHAPES) - index) / 2)
+            share = min(MOST_S, left / (len(SHAPES) - index) / 2)
             yield clock(run, rows, tokens, SIZES[size].vocabulary, share)
     finally:
         engine.close()
@@ -150,6 +149,12 @@ def prepare(size: str, precision: str, work: Path) -> tuple[Path, Any]:
     return checkpoint, open_bundle(folder)
 
 
+def prepared(size: str, precision: str, work: Path) -> Iterator[dict[str, Any]]:
+    """Make what `check` would make first, and yield one line."""
+    prepare(size, precision, work)
+    yield {"check": "prepared"}
+
+
 def main() -> None:
     """Check one engine and print its lines; what stops it is the last one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -160,13 +165,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--prepare", action="store_true", help="make checkpoint and bundle only")
     options = parser.parse_args()
-    if options.prepare:
-        prepare(options.size, options.precision, options.work)
-        return
-    if options.backend is None:
+    if options.backend is None and not options.prepare:
         parser.error("--backend is missing")
+    if options.prepare:
+        lines = prepared(options.size, options.precision, options.work)
+    else:
+        lines = check(options.size, options.backend, options.precision, options.work, options.seconds)
     try:
-        for line in check(options.size, options.backend, options.precision, options.work, options.seconds):
+        for line in lines:
             print(json.dumps(line), flush=True)
     except ImportError as error:
         print(json.dumps({"skipped": f"not installed: {error.name or error}"}), flush=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 _CPUINFO = Path("/proc/cpuinfo")
 _AVX512_CORE = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 
 
+@functools.cache
 def cpu_facts() -> dict[str, str]:
     """Return /proc/cpuinfo's lines for the first processor; empty where there is no such file."""
     try:
@@ -24,12 +26,14 @@ def cpu_extensions() -> frozenset[str]:
 
 
 def has_wide_int8_products() -> bool:
-    """Whether ONNX Runtime's kernels for uint8 x int8 add products in 32 bits here: those with VNNI or AMX.
+    """Whether ONNX Runtime's kernels for uint8 x int8 are known to add products in 32 bits here: VNNI and AMX do.
 
-    Without these an x86 adds them in pairs in 16 bits, which saturate. The order of choice is that of its MLAS
-    library (platform.cpp): AMX, AVX512-VNNI, AVX-512 without VNNI, AVX-VNNI, AVX2. False where the CPU is unknown.
+    Without these an x86 adds them in pairs in 16 bits, which saturate. The library chooses in this order (platform.cpp
+    of its MLAS): AMX, AVX512-VNNI, AVX-512 without VNNI, AVX-VNNI, AVX2. AMX counts only beside AVX512-VNNI, as every
+    CPU has it: a process may be refused AMX's registers. False on other architectures, where nothing depends on it,
+    and where there is no /proc/cpuinfo.
     """
     found = cpu_extensions()
-    if {"amx_tile", "amx_int8"} <= found or "avx512_vnni" in found:
-        return True
-    return "avx_vnni" in found and not found >= _AVX512_CORE
+    if found >= _AVX512_CORE:
+        return "avx512_vnni" in found
+    return "avx_vnni" in found

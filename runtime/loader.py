@@ -27,8 +27,9 @@ from runtime.settings import EngineSettings
 from runtime.tokenizer import TextTokenizer
 
 # Fastest first. `auto` takes the first one that is in the bundle, can run here and has passed. On CPU the order is
-# measured: ONNX Runtime widens every float16 matrix there, exact, and slower than fp32. On a GPU it is what the
-# arithmetic suggests: `make gpu-check` measures it.
+# measured: ONNX Runtime widens every float16 matrix there, exact, and slower than fp32. On CUDA it is measured, too
+# (bench/results/gpu.md): fp16 is the fastest from 128 tokens in a batch on, int8 faster than fp32 from 512 on. Of the
+# plans it is what the arithmetic suggests: `make gpu-check` measures it.
 SPEED_ORDER = [
     *(f"{backend}:{precision}" for precision in ("int8", "fp16", "bf16") for backend in ("tensorrt", "tensorrt-rtx")),
     *("onnxruntime-cuda:fp16", "onnxruntime-cuda:int8", "onnxruntime-cuda:fp32"),

@@ -8,9 +8,10 @@ _ALSO_AS = {"onnxruntime": "onnxruntime-gpu"}
 
 
 def installed_version(package: str) -> str:
-    """Return a version; for `onnxruntime` that of the module, whichever of the two packages brought it.
+    """Return a version; for `onnxruntime` that of whichever of its two packages is installed.
 
-    Raises importlib.metadata.PackageNotFoundError when it is not installed.
+    Where both are, which the README warns of, it is the CPU's. Raises importlib.metadata.PackageNotFoundError when it
+    is not installed.
     """
     try:
         return importlib.metadata.version(package)

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from bench import gpu_check, gpu_engines, gpu_torch
-from bench.gpu_check import Contestant, Row, rows_of, table
+from bench.gpu_check import Contestant, rows_of
+from bench.gpu_table import Row, table
 from bench.gpu_torch import SIZES
 from export import synth
 from export.checkpoint import Checkpoint
@@ -99,28 +100,56 @@ def test_preparing_says_what_it_made_and_what_not(
     player: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Exports of one size follow one another, since they share a checkpoint; the rest goes beside them."""
-    first = player("open('first', 'w')", "export fp16")
-    second = player("open('first').close()", "export fp32")
+    first = player("import time; time.sleep(1); open('first', 'w'); print('{\"check\": \"prepared\"}')", "export fp16")
+    second = player("open('first').close(); print('{\"check\": \"prepared\"}')", "export fp32")
     broken = player("raise ValueError('broken')", "torch fp16 compiled")
+    absent = player('print(\'{"skipped": "no CUDA"}\')', "torch bf16 compiled")
     monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
-    monkeypatch.setattr(gpu_check, "preparations", lambda sizes, work: [first, broken, second])
-    (problem,) = gpu_check.prepare(["mini"], tmp_path)
-    assert "mini torch fp16 compiled: " in problem
-    assert "ValueError: broken" in problem
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)))  # four at once
+    monkeypatch.setattr(gpu_check, "preparations", lambda sizes, work, out: [first, broken, absent, second])
+    rows = gpu_check.prepare(["mini"], tmp_path, 60.0)
+    assert {(row.engine, row.status) for row in rows} == {
+        ("export fp16", "ok"),
+        ("export fp32", "ok"),
+        ("torch fp16 compiled", "failed"),
+        ("torch bf16 compiled", "skipped"),
+    }
     said = capfd.readouterr().err
-    assert "mini export fp16: done after" in said
-    assert "mini export fp32: done after" in said
+    assert "mini export fp32: done, " in said
+    assert "mini torch fp16 compiled: failed: ended with status 1: ValueError: broken, " in said
+    assert "mini torch bf16 compiled: skipped: no CUDA, " in said
 
 
 def test_preparations_are_what_a_run_looks_for(tmp_path: Path) -> None:
-    jobs = gpu_check.preparations(["mini", "4B"], tmp_path)
-    assert [job.name for job in jobs if job.size == "4B"] == [
-        *("export fp16", "export fp32", "export int8"),
+    out = ["4B onnxruntime-cuda:fp32", "4B torch bf16 compiled"]
+    jobs = gpu_check.preparations(["mini", "4B"], tmp_path, out)
+    assert [job.name for job in jobs if job.size == "mini"] == [
+        *("export fp16", "export bf16", "export int8", "export fp32"),
         *("torch fp16 compiled", "torch bf16 compiled"),
     ]
+    four = [job.name for job in jobs if job.size == "4B"]
+    assert four == ["export fp16", "export bf16", "export int8", "torch fp16 compiled"]
     timed = {(c.size, c.name) for c in gpu_check.contestants(["mini", "4B"], tmp_path)}
     assert {(job.size, job.name) for job in jobs if job.name.startswith("torch")} <= timed
     assert all("--prepare" in job.command for job in jobs)
+
+
+def test_an_export_is_really_prepared(tmp_path: Path) -> None:
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "F2RT_CACHE": str(tmp_path / "cache")}
+    made = []
+    for _ in range(2):
+        arguments = ["--size", "mini", "--precision", "fp32", "--work", str(tmp_path), "--prepare"]
+        done = subprocess.run(
+            [sys.executable, "-m", "bench.gpu_engines", *arguments],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert [json.loads(line) for line in done.stdout.splitlines()] == [{"check": "prepared"}], done.stderr
+        made.append((tmp_path / "bundle-mini-fp32" / "manifest.json").stat().st_mtime_ns)
+    assert made[0] == made[1]  # found again
 
 
 # --- the torch side
@@ -184,6 +213,23 @@ def test_clock_counts_from_host_to_host() -> None:
     assert line["median_ms"] >= 20
     assert line["runs"] >= 5
     assert calls > line["runs"]  # the warm-up came first and was not counted
+
+
+def test_a_shape_is_prepared_by_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_torch, "SHAPES", [(1, 8), (2, 16)])
+    lines = list(gpu_torch.measure("mini", "bfloat16", "eager", "cpu", 300.0, gpu_torch.once))
+    assert [(line["rows"], line["tokens"]) for line in lines] == [(1, 8), (2, 16)]
+    assert all("median_ms" not in line and line["warm_up_s"] > 0 for line in lines)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_captured_torch_is_the_model_for_every_ids() -> None:
+    model = gpu_torch.load(SIZES["mini"], torch.float16, "cuda")
+    run = gpu_torch.runner(model, "cuda", "compiled")
+    eager = gpu_torch.runner(gpu_torch.load(SIZES["mini"], torch.float16, "cuda"), "cuda", "eager")
+    for seed in range(3):
+        ids = np.random.default_rng(seed).integers(0, 15_000, (4, 24))
+        assert row_cosines(run(ids), eager(ids)).min() > 0.9999
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from runtime.bundle import Bundle
 from runtime.client import EmbeddingClient
 from runtime.embedder import Embedder, open_embedder
 from runtime.encoding import OutputDType
-from runtime.errors import EngineError, InputError
+from runtime.errors import EngineError, InputError, UnavailableError
 from runtime.serving.call import EmbedCall
 from runtime.settings import EngineSettings, Limits
 from tests.grpc_messages import ids_request, texts_request, vectors_of
@@ -127,6 +127,24 @@ def test_a_vector_that_has_a_batch_to_itself_is_not_copied(embedder: Embedder) -
         # The longer one comes first, whether they share a batch or not: its rows are in another order.
         other = server.model.answer(EmbedCall(token_ids=[[7, 8], [5]]), lambda job, pipeline: None)
         assert not any(other.vectors is array for array in made)
+
+
+def test_a_request_that_has_ended_before_it_began_is_not_tokenized(
+    embedder: Embedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    encode = Embedder.encode
+    monkeypatch.setattr(
+        Embedder, "encode", lambda self, texts, *a, **k: asked.extend(texts) or encode(self, texts, *a, **k)
+    )
+    _, own = held(embedder, permits=1000)
+    with InProcess(own) as server:
+        asked.clear()  # the golden texts
+        with pytest.raises(UnavailableError, match="the request was cancelled"):
+            server.model.answer(EmbedCall(texts=["never"]), lambda job, pipeline: pipeline.abandon(job))
+        assert asked == []
+        server.model.answer(EmbedCall(texts=["now"]), lambda job, pipeline: None)
+        assert asked == ["now"]
 
 
 def test_throughput_preset_waits_for_company(embedder: Embedder) -> None:

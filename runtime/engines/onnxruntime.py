@@ -120,8 +120,8 @@ def session_options(threads: int = 0, *, exact: bool = False) -> onnxruntime.Ses
     Without VNNI the kernels for uint8 x int8 add pairs of products in 16 bits, which saturate. On such a CPU `exact`
     has the library take the weights as uint8, too, whose kernels add in 32 bits and are as fast. It rewrites the zero
     points for this, and fails at the first run of a graph where an int8 matrix has none of its own. With VNNI or AMX
-    the products are exact as they are, and the rewritten ones have no such kernels: three times as slow. The library
-    would rewrite them there as well, so it is asked only where it helps.
+    the products are exact as they are, and the rewritten ones have no such kernels. The library would rewrite them
+    there as well, so it is asked only where it helps.
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or usable_cores()

@@ -116,7 +116,7 @@ class Pipeline:
         ended.acquire()
         job = Job(call, ended.release)
         begun(job)
-        while not self._tokenize(job) and not job.abandoned:
+        while not job.abandoned and not self._tokenize(job):
             pass
         if self._admit(job):
             self._lead(job)
