@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import platform
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -218,6 +219,23 @@ def test_integer_kernels_are_really_used(made: Made, tmp_path: Path) -> None:
     assert nodes["MatMulIntegerToFloat"] == 28 - weights_only
     assert nodes["MatMulNBits"] == weights_only
     assert nodes["MatMul"] == nodes["DequantizeLinear"] == 0
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="about kernels of x86")
+@pytest.mark.parametrize("wide", [True, False], ids=["vnni", "avx2"])
+def test_weights_keep_the_type_that_has_the_fast_kernels(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wide: bool
+) -> None:
+    """As uint8 they have no VNNI and no AMX kernels; as int8 they saturate without."""
+    monkeypatch.setattr("runtime.engines.onnxruntime.has_wide_int8_products", lambda: wide)
+    options = session_options(exact=True)
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    graph = made["mini"].path("graphs/int8-uint8.onnx")
+    onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    optimized = onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph
+    types = {weight.name: weight.data_type for weight in optimized.initializer}
+    products = [node for node in optimized.node if node.op_type == "MatMulIntegerToFloat"]
+    assert {types[node.input[1]] for node in products} == {onnx.TensorProto.INT8 if wide else onnx.TensorProto.UINT8}
 
 
 def config_of(bundle: Bundle) -> EncoderConfig:
