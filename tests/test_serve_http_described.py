@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import shutil
 import subprocess
+import threading
+from dataclasses import replace
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,7 +20,7 @@ from runtime.bundle import Bundle
 from runtime.embedder import open_embedder
 from runtime.wire import http_app
 from tests.http_client import KEY, OTHER, client_of, refused, talk
-from tests.serving import ROOT
+from tests.serving import ROOT, START_S
 from tests.serving_in_process import InProcess
 
 # --- keys
@@ -201,3 +205,42 @@ def test_texts_and_keys_are_not_logged(bundle: Bundle, tmp_path: Path, caplog: p
     assert "request" in said
     for secret in ("private", KEY, OTHER):
         assert secret not in said
+
+
+def test_the_document_is_of_the_engines_that_answer_now(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reload may bring a bundle with another contract."""
+    with InProcess(open_embedder(bundle), http=True) as server, client_of(server) as client:
+
+        def longest() -> set[int]:
+            document = client.get("/openapi.json").json()
+            forms = document["components"]["schemas"]["EmbeddingsRequest"]["properties"]["input"]["anyOf"]
+            return {form["maxItems"] for form in forms if form.get("items", {}).get("type") == "integer"}
+
+        contract = server.model.embedder.contract
+        assert longest() == {contract.max_tokens}
+        other = replace(contract, max_tokens=77)
+        monkeypatch.setattr(server.model.embedder, "contract", other)
+        assert longest() == {77}
+
+
+def test_metrics_answer_while_every_worker_is_taken(bundle: Bundle) -> None:
+    """They are asked for just when a server has much to do."""
+    go = threading.Event()
+    with InProcess(open_embedder(bundle), http=True) as server, client_of(server) as client:
+        taken = [threading.Event() for _ in range(8)]
+
+        def take(event: threading.Event) -> None:
+            event.set()
+            go.wait(START_S)
+
+        for event in taken:
+            work = server.model.pipeline.in_thread(partial(take, event))
+            asyncio.run_coroutine_threadsafe(work, server.loop)
+        try:
+            assert taken[0].wait(START_S)
+            assert taken[1].wait(START_S)
+            assert not taken[2].is_set()
+            assert "f2rt_ready" in client.get("/metrics", timeout=START_S).text
+            assert not taken[2].is_set()
+        finally:
+            go.set()

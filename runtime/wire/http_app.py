@@ -54,12 +54,6 @@ class HttpApp:
         self._open = 0
         self._idle = asyncio.Event()
         self._idle.set()
-        self._description = describe(
-            runtime.__version__,
-            {model.name: model.embedder.contract for model in models},
-            settings.limits,
-            needs_key=keys.required,
-        )
         self.app = Starlette(
             routes=[
                 Route("/v1/embeddings", self._closed(self.embeddings), methods=["POST"]),
@@ -128,16 +122,16 @@ class HttpApp:
 
     async def metrics(self, request: Request) -> Response:
         """GET /metrics, for Prometheus."""
-        exposed = await self._models.default.pipeline.in_thread(self._models.expose)
+        exposed = await asyncio.to_thread(self._models.expose)  # no worker of requests, which may all be tokenizing
         return Response(exposed, headers={"content-type": CONTENT_TYPE})
 
     async def openapi(self, request: Request) -> Response:
         """GET /openapi.json."""
-        return _json(self._description)
+        return _json(self._description())
 
     async def docs(self, request: Request) -> Response:
         """GET /docs: the same for people."""
-        return HTMLResponse(page(self._description))
+        return HTMLResponse(page(self._description()))
 
     async def live(self, request: Request) -> Response:
         """GET /health/live: the process answers."""
@@ -151,6 +145,11 @@ class HttpApp:
         }
         ready = self._models.ready
         return _json({"status": "ready" if ready else "not ready", "models": models}, 200 if ready else 503)
+
+    def _description(self) -> dict[str, Any]:
+        """Return the OpenAPI document of the engines that answer now: a reload may bring another contract."""
+        contracts = {model.name: model.embedder.contract for model in self._models}
+        return describe(runtime.__version__, contracts, self._settings.limits, needs_key=self._keys.required)
 
     def _described(self, model: Model) -> dict[str, Any]:
         return {"id": model.name, "object": "model", "created": self._created, "owned_by": "f2rt"}
