@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from runtime.bundle import Bundle
 from runtime.embedder import open_embedder
-from runtime.wire import http_app
+from runtime.wire import http_app, http_body
 from tests.http_client import KEY, OTHER, client_of, refused, talk
 from tests.serving import ROOT, START_S
 from tests.serving_in_process import InProcess
@@ -244,3 +244,17 @@ def test_metrics_answer_while_every_worker_is_taken(bundle: Bundle) -> None:
             assert not taken[2].is_set()
         finally:
             go.set()
+
+
+def test_bodies_that_cannot_be_read_are_counted(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_body, "_SILENCE_S", 0.2)
+    with InProcess(open_embedder(bundle), http=True) as server, client_of(server) as client:
+        plain = client.post("/v1/embeddings", content="{}", headers={"content-type": "text/plain"})
+        assert plain.status_code == 415
+        half = b"POST /v1/embeddings HTTP/1.1\r\nhost: a\r\ncontent-length: 9\r\n\r\n{"
+        with talk(server) as peer:
+            peer.sendall(half)
+            assert peer.recv(1 << 16).startswith(b"HTTP/1.1 408 ")
+        exposed = client.get("/metrics").text
+    for reason in ("invalid_argument", "deadline_exceeded"):
+        assert f'f2rt_rejected_requests_total{{model="",reason="{reason}"}} 1.0' in exposed, reason

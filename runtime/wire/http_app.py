@@ -21,7 +21,7 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
 import runtime
-from runtime.errors import AccessError, F2rtError, InputError, OverloadedError, UnavailableError
+from runtime.errors import AccessError, DeadlineError, F2rtError, InputError, OverloadedError, UnavailableError
 from runtime.serving.access import Keys
 from runtime.serving.metrics import CONTENT_TYPE
 from runtime.serving.model import Model
@@ -172,7 +172,10 @@ class HttpApp:
                 return _error(error, _id(request))
             except ClientDisconnect:
                 return Response(status_code=499)
-            except HTTPException:
+            except HTTPException as error:
+                if endpoint == self.embeddings:  # a body that stopped coming, or is of another kind
+                    kind = DeadlineError if error.status_code == 408 else InputError
+                    self._models.refused(kind(error.detail), "http", _id(request), self._traceparent(request))
                 raise
             except Exception:
                 log.exception("unexpected error in %s", endpoint.__name__)
