@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 from runtime.serving import recorder as recorders
-from runtime.serving.call import EmbedCall
+from runtime.serving.call import EmbedCall, EmbedReply, Timings
 from runtime.serving.metrics import Metrics
-from runtime.serving.recorder import Outcome, Recorder
+from runtime.serving.outcome import Answered, Outcome
+from runtime.serving.recorder import Recorder
+from runtime.tokenizer import TokenizedText
+from tests.serving import START_S
 from tests.serving_in_process import wait_until
 
-FAILED = Outcome("mini", "grpc", "NOT_FOUND", EmbedCall(texts=["a"]), None, "there is no such prompt.")
+FAILED = Outcome.of("mini", "grpc", "NOT_FOUND", EmbedCall(texts=["a"]), error="there is no such prompt.")
 
 
 @pytest.fixture
@@ -99,3 +104,46 @@ def test_one_that_cannot_be_recorded_takes_no_other_along(
     recorder.put(FAILED)
     wait_until(lambda: counted(metrics) == 1)
     assert "a request could not be recorded" in caplog.text
+
+
+def test_an_outcome_keeps_neither_texts_nor_vectors() -> None:
+    """However long the log stands still, what waits is small."""
+    texts = ["a text"] * 3
+    items = [TokenizedText(ids=[1, 2], original_tokens=5), TokenizedText(ids=[3], original_tokens=1)]
+    reply = EmbedReply(np.ones((2, 4), np.float32), items, "f", [4], Timings(1.0, 2.0, 3.0, 6.0))
+    outcome = Outcome.of("mini", "grpc", "OK", EmbedCall(texts=texts, request_id="r"), reply)
+    assert outcome.answered == Answered(2, 1, 3, "f", reply.timings)
+    assert (outcome.items, outcome.request_id) == (3, "r")
+    kept = gc.get_referents(outcome, outcome.answered, vars(outcome), vars(outcome.answered))
+    assert not any(one is thing for one in kept for thing in (texts, items, reply, reply.vectors))
+
+
+def test_a_log_that_nobody_reads_holds_nobody_up(metrics: Metrics, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the pipe behind standard error is full."""
+    monkeypatch.setattr(recorders, "_PAUSE_S", 0.005)
+    monkeypatch.setattr(recorders, "_PATIENCE_S", 0.05)
+    monkeypatch.setattr(recorders, "_MOST_WAITING", 10)
+    full, read = threading.Event(), threading.Event()
+
+    def stand_still(outcome: Outcome) -> None:
+        full.set()
+        read.wait(START_S)
+
+    monkeypatch.setattr(recorders, "_log", stand_still)
+    recorder = Recorder(metrics, log_requests=True)
+    try:
+        recorder.put(FAILED)
+        assert full.wait(START_S)
+        assert counted(metrics) == 1
+        for _ in range(10):
+            recorder.put(FAILED)
+        recorder.flush()  # of who reads the metrics: it comes back
+        assert counted(metrics) == 1
+        for _ in range(7):
+            recorder.put(FAILED)
+        assert counted(metrics) == 8
+        assert metrics.registry.get_sample_value("f2rt_unlogged_requests_total") == 7
+    finally:
+        read.set()
+        recorder.close()
+    assert counted(metrics) == 18

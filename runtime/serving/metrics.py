@@ -5,14 +5,13 @@ One registry per server, so that two servers in one process keep apart. Names ca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 
 from runtime.serving.call import Timings
-from runtime.tokenizer import TokenizedText
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -62,6 +61,9 @@ class Metrics:
         self.reloads = Counter(
             "f2rt_reloads", "Engine switches by outcome", ["model", "outcome"], registry=self.registry
         )
+        self.unlogged = Counter(
+            "f2rt_unlogged_requests", "Requests whose lines nobody read fast enough", registry=self.registry
+        )
         self.drift = self._histogram("shadow_drift", "1 - cosine between engine and shadow engine", _DRIFT)
         self.shadow_dropped = Counter(
             "f2rt_shadow_dropped", "Requests the shadow engine had no time for", ["model"], registry=self.registry
@@ -88,12 +90,11 @@ class Metrics:
         elif status not in ("OK", "CANCELLED"):
             self._rejected.labels(model, status.lower()).inc()
 
-    def count(self, model: str, items: Sequence[TokenizedText]) -> None:
+    def count(self, model: str, texts: int, truncated: int) -> None:
         """Count the texts of an answered request."""
-        self.items.labels(model).inc(len(items))
-        cut = sum(item.truncated for item in items)
-        if cut:
-            self.truncated.labels(model).inc(cut)
+        self.items.labels(model).inc(texts)
+        if truncated:
+            self.truncated.labels(model).inc(truncated)
 
     def expose(self) -> bytes:
         """Return everything in Prometheus' text format."""

@@ -14,8 +14,9 @@ from runtime.serving.call import EmbedCall, EmbedReply
 from runtime.serving.job import Job
 from runtime.serving.metrics import Metrics
 from runtime.serving.model import Model, State
+from runtime.serving.outcome import Outcome
 from runtime.serving.pipeline import Pipeline
-from runtime.serving.recorder import Outcome, Recorder
+from runtime.serving.recorder import Recorder
 from runtime.serving.tracing import Tracer
 
 
@@ -91,14 +92,14 @@ class Models:
             raise
         finally:
             model = record.model.name if record.model else ""  # never what a caller made up: labels stay few
-            self._recorder.put(Outcome(model, protocol, status, call, record.reply, error))
+            self._recorder.put(Outcome.of(model, protocol, status, call, record.reply, error))
 
     def refused(self, error: F2rtError, protocol: str, request_id: str = "", traceparent: str = "") -> None:
         """Count and log a request that was refused before any model was asked; one that was counted is left alone."""
         if not error.counted:
             error.counted = True
             call = EmbedCall(request_id=request_id, traceparent=traceparent)
-            self._recorder.put(Outcome("", protocol, status_of(error).grpc, call, None, error.message))
+            self._recorder.put(Outcome.of("", protocol, status_of(error).grpc, call, error=error.message))
 
     def expose(self) -> bytes:
         """Return the metrics in Prometheus' text format, with every request answered so far."""

@@ -1,7 +1,9 @@
 """Counts and logs what became of requests, on a thread of its own: nobody waits for either.
 
 That thread is not woken for a request: it would take the interpreter from the one whose answer is just being sent. It
-comes by itself, in a moment when there are requests. Texts are not in it. Reading the metrics counts what is left.
+comes by itself, in a moment when there are requests. Reading the metrics counts what is left.
+
+A log that nobody reads holds that thread up, and nothing else: what comes then is counted at once and not logged.
 """
 
 from __future__ import annotations
@@ -10,30 +12,19 @@ import collections
 import logging
 import threading
 import time
-from dataclasses import dataclass
 
-from runtime.serving.call import EmbedCall, EmbedReply
 from runtime.serving.logs import access_log, cut
 from runtime.serving.metrics import Metrics
+from runtime.serving.outcome import Outcome
 from runtime.serving.tracing import Tracer
 
 log = logging.getLogger("f2rt.recorder")
 
 _MAX_ERROR_CHARS = 400
 _PAUSE_S = 0.02
+_PATIENCE_S = 1.0  # of who reads the metrics, with a log that stands still
+_MOST_WAITING = 10_000
 _AWAKE_S = 10.0  # after the latest request; then the next one has to wake the thread
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one request; `model` is "" when there is none of the name that was asked for."""
-
-    model: str
-    protocol: str
-    status: str
-    call: EmbedCall
-    reply: EmbedReply | None
-    error: str
 
 
 class Recorder:
@@ -53,15 +44,23 @@ class Recorder:
 
     def put(self, outcome: Outcome) -> None:
         """Have an outcome counted and logged soon."""
+        if len(self._outcomes) >= _MOST_WAITING:
+            self._count(outcome)
+            self._metrics.unlogged.inc()
+            return
         self._outcomes.append(outcome)
         if self._asleep:
             self._woken.set()
 
     def flush(self) -> None:
-        """Count and log everything put so far."""
-        with self._recording:
+        """Count and log everything put so far, unless another thread is at it for longer than a moment."""
+        if not self._recording.acquire(timeout=_PATIENCE_S):
+            return
+        try:
             for _ in range(len(self._outcomes)):  # not what comes meanwhile: it could go on for ever
                 self._record(self._outcomes.popleft())
+        finally:
+            self._recording.release()
 
     def close(self) -> None:
         """Record what is left, and end the thread."""
@@ -92,31 +91,35 @@ class Recorder:
 
     def _record(self, outcome: Outcome) -> None:
         try:
-            reply = outcome.reply
-            self._metrics.request(outcome.model, outcome.protocol, outcome.status, reply.timings if reply else None)
-            if reply is not None:
-                self._metrics.count(outcome.model, reply.items)
+            self._count(outcome)
             if self._tracer is not None:
-                self._tracer.request(outcome.model, outcome.protocol, outcome.status, outcome.call, reply)
+                self._tracer.request(outcome)
             if self._log_requests or outcome.status == "INTERNAL":
                 _log(outcome)
         except Exception:  # one that cannot be recorded must not take the others along
             log.exception("a request could not be recorded")
 
+    def _count(self, outcome: Outcome) -> None:
+        answered = outcome.answered
+        timings = answered.timings if answered else None
+        self._metrics.request(outcome.model, outcome.protocol, outcome.status, timings)
+        if answered is not None:
+            self._metrics.count(outcome.model, answered.texts, answered.truncated)
+
 
 def _log(outcome: Outcome) -> None:
     fields: dict[str, object] = {
-        "request_id": cut(outcome.call.request_id),
+        "request_id": cut(outcome.request_id),
         "model": outcome.model,
         "protocol": outcome.protocol,
         "status": outcome.status,
-        "items": outcome.call.items,
+        "items": outcome.items,
     }
-    if outcome.reply is not None:
-        timings = outcome.reply.timings
+    if outcome.answered is not None:
+        timings = outcome.answered.timings
         fields |= {
-            "tokens": sum(len(item.ids) for item in outcome.reply.items),
-            "fingerprint": outcome.reply.fingerprint,
+            "tokens": outcome.answered.tokens,
+            "fingerprint": outcome.answered.fingerprint,
             "tokenize_ms": timings.tokenize_ms,
             "queue_ms": timings.queue_ms,
             "infer_ms": timings.infer_ms,

@@ -9,13 +9,13 @@ from __future__ import annotations
 from typing import Protocol
 
 from runtime.errors import missing_extra
-from runtime.serving.call import EmbedCall, EmbedReply
+from runtime.serving.outcome import Outcome
 
 
 class Tracer(Protocol):
     """What the recorder needs of tracing."""
 
-    def request(self, model: str, protocol: str, status: str, call: EmbedCall, reply: EmbedReply | None) -> None:
+    def request(self, outcome: Outcome) -> None:
         """Emit the span of one request that ended just now."""
         ...
 
@@ -43,28 +43,26 @@ class OtlpTracer:
         self._tracer = self._provider.get_tracer("f2rt")
         self._propagator = TraceContextTextMapPropagator()
 
-    def request(self, model: str, protocol: str, status: str, call: EmbedCall, reply: EmbedReply | None) -> None:
+    def request(self, outcome: Outcome) -> None:
         """Emit the span of one request that ended just now."""
         from opentelemetry.trace import StatusCode, set_span_in_context
 
-        context = self._propagator.extract({"traceparent": call.traceparent})
-        start, end = call.received_ns, call.received_ns
+        context = self._propagator.extract({"traceparent": outcome.traceparent})
+        start = end = outcome.received_ns
+        answered = outcome.answered
         attributes: dict[str, str | int] = {
-            "rpc.system": protocol,
-            "f2rt.model": model,
-            "f2rt.status": status,
-            "f2rt.request_id": call.request_id[:100],
-            "f2rt.items": call.items,
+            "rpc.system": outcome.protocol,
+            "f2rt.model": outcome.model,
+            "f2rt.status": outcome.status,
+            "f2rt.request_id": outcome.request_id[:100],
+            "f2rt.items": outcome.items,
         }
-        if reply is not None:
-            attributes |= {
-                "f2rt.fingerprint": reply.fingerprint,
-                "f2rt.tokens": sum(len(item.ids) for item in reply.items),
-            }
-            end = start + int(1e6 * reply.timings.total_ms)
+        if answered is not None:
+            attributes |= {"f2rt.fingerprint": answered.fingerprint, "f2rt.tokens": answered.tokens}
+            end = start + int(1e6 * answered.timings.total_ms)
         span = self._tracer.start_span("embed", context=context, start_time=start, attributes=attributes)
-        if reply is not None:
-            timings, at, inside = reply.timings, start, set_span_in_context(span)
+        if answered is not None:
+            timings, at, inside = answered.timings, start, set_span_in_context(span)
             for name, ms in (
                 ("tokenize", timings.tokenize_ms),
                 ("queue", timings.queue_ms),
@@ -73,8 +71,8 @@ class OtlpTracer:
                 child = self._tracer.start_span(name, context=inside, start_time=at)
                 at += int(1e6 * ms)
                 child.end(end_time=at)
-        if status != "OK":
-            span.set_status(StatusCode.ERROR, status)
+        if outcome.status != "OK":
+            span.set_status(StatusCode.ERROR, outcome.status)
         span.end(end_time=max(end, start))
 
     def close(self) -> None:
