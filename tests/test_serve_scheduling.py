@@ -87,6 +87,7 @@ def test_faults_in_the_engine(embedder: Embedder, caplog: pytest.LogCaptureFixtu
         assert "secret" not in error.details()
         assert "log" in error.details()
         assert "secret /etc/path" in caplog.text
+        wait_until(lambda: server.model.state == "failing")  # else the check that is under way comes out below
         engine.fault = None
         wait_until(lambda: server.model.state == "ready")
         engine.spoil = float("nan")
