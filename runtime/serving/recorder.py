@@ -3,7 +3,7 @@
 That thread is not woken for a request: it would take the interpreter from the one whose answer is just being sent. It
 comes by itself, in a moment when there are requests. Reading the metrics counts what is left.
 
-A log that nobody reads holds that thread up, and neither requests nor their counts: lines beyond a number are left out.
+Lines that nobody reads hold that thread up, and neither requests nor their counts: those beyond a number are left out.
 """
 
 from __future__ import annotations
