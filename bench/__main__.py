@@ -93,14 +93,16 @@ def serving_command(
     checkpoint: Annotated[Path | None, typer.Option(help="The checkpoint it was made of; made by default.")] = None,
     seconds: Annotated[float, typer.Option(help="For each phase of each server.")] = 15.0,
     per_request: Annotated[int, typer.Option(help="Texts in a request.")] = 16,
+    callers: Annotated[int | None, typer.Option(help="Callers at saturation; by default 64 texts' worth.")] = None,
+    limit: Annotated[float | None, typer.Option(help="Seconds after which a server is given up.")] = None,
     work: WorkOption = None,
     results: ResultsOption = RESULTS,
 ) -> None:
     """Throughput, overload and padding of the server, beside the raw engine and peer servers (make serve-peers)."""
     with console.readable_errors(), _work_folder(work) as folder:
-        from bench.serving import measure
+        from bench.serving import Load, measure
 
-        result = measure(size, bundle, checkpoint, engine, folder, seconds, per_request)
+        result = measure(size, bundle, checkpoint, engine, folder, Load(seconds, per_request, callers, limit))
         _publish(result, ["grpcio", "numpy", "onnxruntime", "uvicorn"], results)
 
 

@@ -16,7 +16,7 @@ import itertools
 import random
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,14 +74,33 @@ class Measured:
         return self.phases[f"{load:g}x"].texts_per_s / _mean([turn.texts_per_s for turn in self.saturated[at : at + 2]])
 
 
+@dataclass(frozen=True)
+class Load:
+    """How much is asked: each phase takes `seconds` or longer, requests have `per_request` texts.
+
+    `callers` of the closed loop are by default as many as keep the engine busy: some answers are on their way while
+    others are computed. A server that takes longer than `limit_s` for all of its phases is given up.
+    """
+
+    seconds: float = 15.0
+    per_request: int = 16
+    callers: int | None = None
+    limit_s: float | None = None
+
+    @property
+    def concurrent(self) -> int:
+        """Callers of the closed loop."""
+        return self.callers or max(8, 64 // self.per_request)
+
+
 def measure(
-    size: str, bundle: Path | None, checkpoint: Path | None, engine: str, work: Path, seconds: float, per_request: int
+    size: str, bundle: Path | None, checkpoint: Path | None, engine: str, work: Path, load: Load = Load()
 ) -> Result:
-    """Measure all servers; each phase takes `seconds`. Peers that are not there are named with the reason."""
+    """Measure all servers. Peers that are not there are named with the reason."""
     checkpoint, bundle = _prepare(size, checkpoint, bundle, engine, work)
     embedder = open_embedder(open_bundle(bundle), engine)
-    raw = RawEngine(embedder, mixed_texts(embedder), seconds, per_request)
-    requests = [raw.texts[i : i + per_request] for i in range(0, len(raw.texts), per_request)]
+    raw = RawEngine(embedder, mixed_texts(embedder), load.seconds, load.per_request)
+    requests = [raw.texts[i : i + load.per_request] for i in range(0, len(raw.texts), load.per_request)]
     _say(f"{len(raw.texts)} texts; the raw engine's best batch has {raw.budget} tokens")
     measured = []
     for contender in (GRPC, HTTP, *PEERS):
@@ -93,12 +112,13 @@ def measure(
             continue
         try:
             with running(contender, checkpoint, bundle, engine, work / f"{contender.name.split()[0]}.log") as server:
-                asyncio.run(_phases(contender, server, raw, requests, seconds, result))
+                asyncio.run(_in_time(_phases(contender, server, raw, requests, load, result), load.limit_s))
         except RuntimeError as error:
-            result.problem = str(error)
+            known = f" (at saturation {result.capacity:.2f} texts/s)" if result.saturated else ""
+            result.problem = f"{error}{known}"
         _say(f"{contender.name}: {result.problem or _summary(result)}")
     embedder.close()
-    return _result(size, engine, seconds, per_request, raw, measured)
+    return _result(size, engine, load, raw, measured)
 
 
 def mixed_texts(embedder: Embedder) -> list[str]:
@@ -113,34 +133,40 @@ def mixed_texts(embedder: Embedder) -> list[str]:
     return fitting[:_TEXTS]
 
 
+async def _in_time(phases: Coroutine[None, None, None], limit_s: float | None) -> None:
+    try:
+        async with asyncio.timeout(limit_s):
+            await phases
+    except TimeoutError as error:
+        raise RuntimeError(f"its phases took longer than {limit_s:g} s") from error
+
+
 async def _phases(
     contender: Contender,
     server: Running,
     raw: RawEngine,
     requests: Sequence[Sequence[str]],
-    seconds: float,
+    load: Load,
     result: Measured,
 ) -> None:
-    ask, per_request = server.connect(), len(requests[0])
-    # As many callers as keep the engine busy: some answers are on their way while others are computed.
-    callers = max(8, 64 // per_request)
+    ask, seconds = server.connect(), load.seconds
 
     async def turn() -> float:
         with server.stopped():  # what it does while nobody asks must not slow down what it is compared with
             result.raw.append(raw.texts_per_s(seconds / 3))
-        result.saturated.append(await closed_loop(ask, requests, callers, seconds / 3, least=2))
+        result.saturated.append(await closed_loop(ask, requests, load.concurrent, seconds / 3, least=2))
         rate = result.saturated[-1].texts_per_s
         if not rate:
             raise RuntimeError("it answered nothing at saturation")
-        return rate / per_request
+        return rate / load.per_request
 
     await closed_loop(ask, requests, 4, min(seconds / 4, 5))  # warm
     result.phases["alone"] = await closed_loop(ask, requests, 1, seconds / 2)
     before = _tokens(server)
     # Ten times its capacity a server that refuses nothing works off for minutes, and nothing is learned.
-    for load in LOADS if not contender.environment else LOADS[:2]:
+    for times in LOADS if not contender.environment else LOADS[:2]:
         capacity = await turn()
-        result.phases[f"{load:g}x"] = await open_loop(ask, requests, load * capacity, seconds)
+        result.phases[f"{times:g}x"] = await open_loop(ask, requests, times * capacity, seconds)
         await closed_loop(ask, requests, 1, 1.0)  # what still waits is worked off
     await turn()
     after = _tokens(server)
@@ -186,9 +212,7 @@ def _summary(result: Measured) -> str:
     return f"{phases}; at saturation {result.capacity:.1f}, {_percent(median(result.of_raw))} of the raw engine"
 
 
-def _result(
-    size: str, engine: str, seconds: float, per_request: int, raw: RawEngine, measured: Sequence[Measured]
-) -> Result:
+def _result(size: str, engine: str, load: Load, raw: RawEngine, measured: Sequence[Measured]) -> Result:
     rows: list[list[str]] = []
     data: list[dict[str, object]] = []
     notes: list[str] = []
@@ -211,18 +235,18 @@ def _result(
     return Result(
         name=f"serving-{size}",
         title=f"Serving under load, {size} checkpoint on CPU, {engine}",
-        command=f"python -m bench serving --size {size} --engine {engine} --seconds {seconds:g}",
+        command=_command(size, engine, load),
         columns=[
             *("server", "load", "texts/s", "of its capacity", "p50 ms", "p99 ms", "p99 to that at 0.8x"),
             *("after the onset", "refused", "refusals' p50 ms", "p99 ms", "failed"),
         ],
         rows=rows,
         notes=[
-            f"requests of {per_request} real texts of {TOKENS[0]} to {TOKENS[1]} tokens, the same {len(raw.texts)} for "
-            "all; alone: one caller; saturated: a closed loop, in turns; 0.8x and so on: an open loop at this multiple "
-            "of the turn before it, set against the mean of the turns on either side, times counted from when a "
-            f"request was due, {LEAST_REQUESTS} requests at least; after the onset: the same ratio for requests due "
-            f"{SETTLED_S:g} s or more into the phase",
+            f"requests of {load.per_request} real texts of {TOKENS[0]} to {TOKENS[1]} tokens, the same "
+            f"{len(raw.texts)} for all; alone: one caller; saturated: a closed loop of {load.concurrent} callers, in "
+            "turns; 0.8x and so on: an open loop at this multiple of the turn before it, set against the mean of the "
+            f"turns on either side, times counted from when a request was due, {LEAST_REQUESTS} requests at least; "
+            f"after the onset: the same ratio for requests due {SETTLED_S:g} s or more into the phase",
             "the raw engine, in process, sorted by length, best of five batch sizes, a turn before each saturated "
             f"one: {min(everything, default=0):.1f} to {max(everything, default=0):.1f} texts/s, as the machine was",
             *notes,
@@ -230,12 +254,20 @@ def _result(
         data={
             "size": size,
             "engine": engine,
-            "texts_per_request": per_request,
+            "texts_per_request": load.per_request,
+            "callers": load.concurrent,
             "texts": len(raw.texts),
             "raw_batch_tokens": raw.budget,
             "servers": data,
         },
     )
+
+
+def _command(size: str, engine: str, load: Load) -> str:
+    command = f"python -m bench serving --size {size} --engine {engine} --seconds {load.seconds:g}"
+    command += f" --per-request {load.per_request}"
+    command += f" --callers {load.callers}" if load.callers else ""
+    return command + (f" --limit {load.limit_s:g}" if load.limit_s else "")
 
 
 def _rows(one: Measured) -> list[list[str]]:

@@ -15,7 +15,7 @@ import pytest
 from bench.load import FAILED, LEAST_REQUESTS, OK, REFUSED, Answer, Outcomes, closed_loop, open_loop
 from bench.raw_engine import RawEngine
 from bench.servers import Running
-from bench.serving import Measured, measure, mixed_texts
+from bench.serving import Load, Measured, measure, mixed_texts
 from bench.soak import measure as soak
 from runtime.bundle import Bundle
 from runtime.embedder import open_embedder
@@ -129,7 +129,7 @@ def test_a_short_run_of_our_own_server(
     bundle: Bundle, mini: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bench.serving.PEERS", ())
-    result = measure("mini", bundle.folder, mini, "onnxruntime:fp32", tmp_path, 0.5, 4)
+    result = measure("mini", bundle.folder, mini, "onnxruntime:fp32", tmp_path, Load(0.5, 4))
     servers = result.data["servers"]
     assert isinstance(servers, list)
     for server in servers:
