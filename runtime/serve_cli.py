@@ -12,6 +12,7 @@ import typer
 from runtime import console
 from runtime.config import ServeConfig, parse_assignments, resolve
 from runtime.errors import missing_extra
+from runtime.serving import logs
 
 
 def serve_command(
@@ -94,15 +95,20 @@ def reload_command(
 
 
 def _serve(config: ServeConfig, check: bool) -> None:
+    # gRPC's own log goes past ours: at its default level with a line for every handshake that fails.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     try:
         import runtime.server as server
     except ModuleNotFoundError as error:
         raise missing_extra(str(error.name), "serve") from error
-    if check:
-        for line in server.check(config.models, config.engine, config.settings):
-            print(line)
-        return
-    server.serve(config.models, config.engine, config.settings, log_style=config.log_format)
+    try:
+        if check:
+            for line in server.check(config.models, config.engine, config.settings):
+                print(line)
+        else:
+            server.serve(config.models, config.engine, config.settings, log_style=config.log_format)
+    finally:
+        logs.flush()  # an error is told after what led to it
 
 
 def _text(path: Path | None) -> str | None:

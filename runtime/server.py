@@ -19,8 +19,8 @@ from runtime.bundle import open_bundle
 from runtime.embedder import Embedder, open_embedder
 from runtime.errors import F2rtError
 from runtime.gate import open_gate
+from runtime.serving import logs
 from runtime.serving.access import Keys
-from runtime.serving.logs import configure
 from runtime.serving.memory import keep_little
 from runtime.serving.metrics import EngineMetrics, Metrics
 from runtime.serving.model import Model, Proven, load, warn_if_unverified
@@ -31,7 +31,7 @@ from runtime.serving.tracing import OtlpTracer
 from runtime.settings import EngineSettings, ModelSettings, ServeSettings, ShadowSettings
 from runtime.wire.grpc_server import GrpcServer
 from runtime.wire.http_server import HttpServer
-from runtime.wire.tls import check_tls
+from runtime.wire.tls import TlsFiles
 
 log = logging.getLogger("f2rt.server")
 
@@ -47,8 +47,9 @@ class Server:
         self.settings = settings
         self.models = models
         self._keys = Keys(settings.keys_file)
-        self._grpc = GrpcServer(models, settings, self._keys)
-        self._http = HttpServer(models, settings, self._keys) if settings.http_address else None
+        self._tls = TlsFiles(settings.tls) if settings.tls else None
+        self._grpc = GrpcServer(models, settings, self._keys, self._tls)
+        self._http = HttpServer(models, settings, self._keys, self._tls) if settings.http_address else None
         self._tasks: set[asyncio.Task[None]] = set()
         models.watch(self._state_changed)
 
@@ -59,7 +60,7 @@ class Server:
         return grpc_address, http_address
 
     def reload(self) -> None:
-        """Begin to read the keys and to load every model again. What fails is logged, and the old one answers on."""
+        """Begin to read keys, certificates and every model again. What fails is logged, and the old one stays."""
         self._background(self._reload())
 
     async def stop(self) -> None:
@@ -84,6 +85,11 @@ class Server:
             self._keys.reload()
         except F2rtError as error:
             log.error("the keys stay as they were: %s", error)
+        if self._tls is not None:
+            try:
+                self._tls.reload()
+            except F2rtError as error:
+                log.error("the certificates stay as they were: %s", error)
         for model in self.models:
             with contextlib.suppress(Exception):  # logged where it happened
                 await model.reload()
@@ -168,11 +174,11 @@ def prove(models: Sequence[ModelSettings], engine: EngineSettings, settings: Ser
 
 def check(models: Sequence[ModelSettings], engine: EngineSettings, settings: ServeSettings) -> list[str]:
     """Open and prove everything, keys, TLS files and shadow included, and close it; returns a line per engine."""
-    configure("text")
+    logs.configure("text")
     logging.getLogger().setLevel(logging.WARNING)
     Keys(settings.keys_file)
     if settings.tls is not None:
-        check_tls(settings.tls)
+        TlsFiles(settings.tls)
     proven = prove(models, engine, settings)
     named = [(spec.name, one) for spec, one in zip(models, proven, strict=True)]
     if settings.shadow is not None:
@@ -198,7 +204,7 @@ def serve(
 
     Raises BundleError, UnverifiedError, NotFoundError, EngineError or InputError before anything listens.
     """
-    configure(log_style)
+    logs.configure(log_style)
     # By default SIGHUP ends a process. One that comes while engines load means files newer than those being read.
     early = threading.Event()
     signal.signal(signal.SIGHUP, lambda number, frame: early.set())

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import array
+import fcntl
 import re
 import signal
 import socket
+import termios
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -98,6 +101,37 @@ def test_sighup_before_it_serves_reloads_once_it_does(bundle: Bundle) -> None:
         server.wait_for_line("mini switched from")
         with server.client() as client:
             client.embed(["a"])
+        assert server.stop() == 0
+
+
+class Unread(ServerProcess):
+    """Nobody reads what it logs once it serves, and the pipe behind its standard error is soon full."""
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        fcntl.fcntl(self.process.stderr, fcntl.F_SETPIPE_SZ, 4096)
+        for line in iter(self.process.stderr.readline, ""):
+            with self._logged:
+                self.log.append(line.rstrip("\n"))
+                self._logged.notify_all()
+            if "serving mini" in line:
+                break
+
+
+def test_a_log_that_nobody_reads_stops_neither_answers_nor_the_end(bundle: Bundle) -> None:
+    with Unread(bundle.folder, http=True) as server:
+        with server.client() as client:
+            for turn in range(200):
+                client.embed(["a"], request_id=f"{turn:0200}")
+            client.reload()
+            assert client.ready()
+        assert server.process.stderr is not None
+        waiting = array.array("i", [0])
+        fcntl.ioctl(server.process.stderr, termios.FIONREAD, waiting)
+        assert waiting[0] > 3000  # it is full indeed
+        metrics = httpx.get(f"http://{server.http}/metrics", trust_env=False, timeout=START_S).text
+        assert re.search(r'^f2rt_requests_total\{.*status="OK".*\} 200.0$', metrics, re.M), metrics
+        assert "\nf2rt_log_lines_dropped_total 0.0\n" in metrics
         assert server.stop() == 0
 
 

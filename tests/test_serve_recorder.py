@@ -16,7 +16,6 @@ from runtime.serving.metrics import Metrics
 from runtime.serving.outcome import Answered, Outcome
 from runtime.serving.recorder import Recorder
 from runtime.tokenizer import TokenizedText
-from tests.serving import START_S
 from tests.serving_in_process import wait_until
 
 FAILED = Outcome.of("mini", "grpc", "NOT_FOUND", EmbedCall(texts=["a"]), error="there is no such prompt.")
@@ -116,33 +115,3 @@ def test_an_outcome_keeps_neither_texts_nor_vectors() -> None:
     assert (outcome.items, outcome.request_id) == (3, "r")
     kept = gc.get_referents(outcome, outcome.answered, vars(outcome), vars(outcome.answered))
     assert not any(one is thing for one in kept for thing in (texts, items, reply, reply.vectors))
-
-
-def test_a_log_that_nobody_reads_holds_nobody_up(metrics: Metrics, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As when the pipe behind standard error is full."""
-    monkeypatch.setattr(recorders, "_PAUSE_S", 0.005)
-    monkeypatch.setattr(recorders, "_PATIENCE_S", 0.05)
-    monkeypatch.setattr(recorders, "_MOST_LINES", 10)
-    monkeypatch.setattr(recorders, "_MOST_UNCOUNTED", 4)
-    full, read = threading.Event(), threading.Event()
-
-    def stand_still(outcome: Outcome) -> None:
-        full.set()
-        read.wait(START_S)
-
-    monkeypatch.setattr(recorders, "_log", stand_still)
-    recorder = Recorder(metrics, log_requests=True)
-    try:
-        recorder.put(FAILED)
-        assert full.wait(START_S)
-        assert counted(metrics) == 1
-        for _ in range(17):
-            recorder.put(FAILED)
-        assert 17 - 4 <= counted(metrics) <= 18  # nobody asked, and nobody wrote
-        recorder.flush()  # of who reads the metrics: it comes back
-        assert counted(metrics) == 18
-        assert metrics.registry.get_sample_value("f2rt_unlogged_requests_total") == 7
-    finally:
-        read.set()
-        recorder.close()
-    assert counted(metrics) == 18

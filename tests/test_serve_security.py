@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import signal
+import socket
 import ssl
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,7 @@ import httpx
 import numpy as np
 import pytest
 import trustme
+from cryptography import x509
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from runtime._pb.inference import grpc_service_pb2 as kserve
@@ -190,6 +193,79 @@ def test_client_certificates_on_both_ports(bundle: Bundle, certificates: Certifi
         assert httpx.get(f"https://{http}/info", verify=c.context(client=True)).status_code == 200
         with pytest.raises(httpx.HTTPError):
             httpx.get(f"https://{http}/info", verify=c.context())
+
+
+def shake(
+    address: str, context: ssl.SSLContext, session: ssl.SSLSession | None = None
+) -> tuple[int, ssl.SSLSession | None]:
+    """Shake hands and have a byte of the answer; returns the number of the server's certificate, and the session."""
+    host, _, port = address.rpartition(":")
+    context.set_alpn_protocols(["h2"])
+    with (
+        socket.create_connection((host, int(port)), START_S) as plain,
+        context.wrap_socket(plain, session=session) as shaken,
+    ):
+        shown = shaken.getpeercert(binary_form=True)
+        # Under TLS 1.3 a server refuses a client's certificate after the client is done.
+        shaken.sendall(b"GET /health/live HTTP/1.1\r\nhost: x\r\n\r\n")
+        if not shaken.recv(1):
+            raise ConnectionResetError("the server ended the connection")
+        assert shown is not None
+        return x509.load_der_x509_certificate(shown).serial_number, shaken.session
+
+
+def test_certificates_and_authority_are_read_again_on_reload(bundle: Bundle, tmp_path: Path) -> None:
+    """A connection made before stays; a new one sees the new certificate, and needs one of the new authority."""
+    served, first, second = (tmp_path / name for name in ("served", "first", "second"))
+    for folder in (served, first, second):
+        folder.mkdir()
+    old, new = Certificates(first), Certificates(second)
+
+    def put(*files: Path) -> None:
+        for file in files:
+            shutil.copy(file, served / file.name)
+
+    def of(pki: Certificates) -> ssl.SSLContext:
+        """A client of one authority, who trusts either."""
+        context = pki.context(client=True)
+        context.check_hostname = False
+        for one in (old, new):
+            context.load_verify_locations(str(one.ca))
+        return context
+
+    put(old.ca, old.cert, old.key)
+    files = ["--tls-cert", str(served / "server.pem"), "--tls-key", str(served / "server.key")]
+    files += ["--tls-client-ca", str(served / "ca.pem")]
+    own = {"tls_certificate": old.client_cert, "tls_key": old.client_key}
+    with ServerProcess(bundle.folder, *files, http=True, ca=old.ca, **own) as server, server.client() as before:
+        before.embed(["a"])
+        ports = (server.address, server.http)
+        seen = {shake(port, of(old))[0] for port in ports}
+        assert len(seen) == 1
+        sessions = []  # under TLS 1.2 a client that resumes one is not asked for its certificate
+        for port in ports:
+            context = of(old)
+            context.maximum_version = ssl.TLSVersion.TLSv1_2
+            sessions.append((port, context, shake(port, context)[1]))
+            assert shake(*sessions[-1])[0] in seen
+        put(new.cert)  # without its key: everything stays
+        server.process.send_signal(signal.SIGHUP)
+        server.wait_for_line("the certificates stay as they were: the TLS certificate .* cannot be used")
+        assert {shake(port, of(old))[0] for port in ports} == seen
+        put(new.ca, new.key)
+        assert before.reload().model == "mini"
+        renewed = {shake(port, of(new))[0] for port in ports}
+        assert len(renewed) == 1
+        assert renewed != seen
+        for port, context, session in (*((port, of(old), None) for port in ports), *sessions):
+            with pytest.raises(OSError, match=r"alert|reset|EOF|ended"):
+                shake(port, context, session)  # its authority is not known any more
+        # A line for each would fill a log that nobody reads.
+        assert not any("andshake" in line for line in server.log)
+        before.embed(["a"])
+        own = {"tls_certificate": new.client_cert, "tls_key": new.client_key}
+        with EmbeddingClient(server.address, tls_ca=new.ca, **own) as client:
+            client.embed(["a"])
 
 
 def test_a_handshake_has_to_come_to_an_end(

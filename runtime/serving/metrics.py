@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
 
+from runtime.serving import logs
 from runtime.serving.call import Timings
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -61,13 +63,11 @@ class Metrics:
         self.reloads = Counter(
             "f2rt_reloads", "Engine switches by outcome", ["model", "outcome"], registry=self.registry
         )
-        self.unlogged = Counter(
-            "f2rt_unlogged_requests", "Requests whose lines nobody read fast enough", registry=self.registry
-        )
         self.drift = self._histogram("shadow_drift", "1 - cosine between engine and shadow engine", _DRIFT)
         self.shadow_dropped = Counter(
             "f2rt_shadow_dropped", "Requests the shadow engine had no time for", ["model"], registry=self.registry
         )
+        self.registry.register(_LogLines())
 
     def _histogram(self, name: str, text: str, buckets: Iterable[float]) -> Histogram:
         return Histogram(f"f2rt_{name}", text, ["model"], buckets=tuple(buckets), registry=self.registry)
@@ -132,7 +132,15 @@ class Gauges:
         self.unverified = unverified
 
 
-class _Live:
+class _LogLines(Collector):
+    """The log belongs to the process, whatever servers are in it: its count is read, not kept."""
+
+    def collect(self) -> Iterable[Any]:
+        text = "Lines of the log that were never written: nobody read those before them, or the file takes none"
+        return [CounterMetricFamily("f2rt_log_lines_dropped", text, value=logs.dropped())]
+
+
+class _Live(Collector):
     """Reads the gauges when they are asked for: nothing is counted twice, and nothing goes stale."""
 
     def __init__(self, read: Callable[[], Iterable[Gauges]]) -> None:

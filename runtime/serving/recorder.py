@@ -2,18 +2,14 @@
 
 That thread is not woken for a request: it would take the interpreter from the one whose answer is just being sent. It
 comes by itself, in a moment when there are requests. Reading the metrics counts what is left.
-
-Lines that nobody reads hold that thread up, and neither requests nor their counts: those beyond a number are left out.
 """
 
 from __future__ import annotations
 
 import collections
-import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterator
 
 from runtime.serving.logs import access_log, cut
 from runtime.serving.metrics import Metrics
@@ -24,9 +20,6 @@ log = logging.getLogger("f2rt.recorder")
 
 _MAX_ERROR_CHARS = 400
 _PAUSE_S = 0.02
-_PATIENCE_S = 1.0  # of who reads the metrics, with a log that stands still
-_LAST_S = 5.0
-_MOST_UNCOUNTED, _MOST_LINES = 1_000, 10_000
 _AWAKE_S = 10.0  # after the latest request; then the next one has to wake the thread
 
 
@@ -38,8 +31,7 @@ class Recorder:
         self._tracer = tracer
         self._log_requests = log_requests
         self._outcomes: collections.deque[Outcome] = collections.deque()
-        self._lines: collections.deque[Outcome] = collections.deque()  # counted, to be logged
-        self._counting, self._writing = threading.Lock(), threading.Lock()
+        self._recording = threading.Lock()
         self._asleep = False
         self._closed = threading.Event()
         self._woken = threading.Event()
@@ -49,25 +41,20 @@ class Recorder:
     def put(self, outcome: Outcome) -> None:
         """Have an outcome counted and logged soon."""
         self._outcomes.append(outcome)
-        if len(self._outcomes) > _MOST_UNCOUNTED:
-            self._count_all()
         if self._asleep:
             self._woken.set()
 
     def flush(self) -> None:
-        """Count everything put so far, and log it unless the log stands still."""
-        self._count_all()
-        if self._writing.acquire(timeout=_PATIENCE_S):
-            try:
-                self._write_all()
-            finally:
-                self._writing.release()
+        """Count and log everything put so far."""
+        with self._recording:
+            for _ in range(len(self._outcomes)):  # not what comes meanwhile: it could go on for ever
+                self._record(self._outcomes.popleft())
 
     def close(self) -> None:
         """Record what is left, and end the thread."""
         self._closed.set()
         self._woken.set()
-        self._thread.join(_LAST_S)  # a log that still stands still does not keep the server from ending
+        self._thread.join()
         self.flush()
         if self._tracer is not None:
             self._tracer.close()
@@ -90,41 +77,19 @@ class Recorder:
             self._woken.wait()
         self._asleep = False
 
-    def _count_all(self) -> None:
-        with self._counting:
-            for _ in range(len(self._outcomes)):  # not what comes meanwhile: it could go on for ever
-                outcome = self._outcomes.popleft()
-                with _survived():
-                    self._count(outcome)
-                if len(self._lines) < _MOST_LINES:
-                    self._lines.append(outcome)
-                else:
-                    self._metrics.unlogged.inc()
-
-    def _write_all(self) -> None:
-        for _ in range(len(self._lines)):
-            outcome = self._lines.popleft()
-            with _survived():
-                if self._tracer is not None:
-                    self._tracer.request(outcome)
-                if self._log_requests or outcome.status == "INTERNAL":
-                    _log(outcome)
-
-    def _count(self, outcome: Outcome) -> None:
+    def _record(self, outcome: Outcome) -> None:
         answered = outcome.answered
-        timings = answered.timings if answered else None
-        self._metrics.request(outcome.model, outcome.protocol, outcome.status, timings)
-        if answered is not None:
-            self._metrics.count(outcome.model, answered.texts, answered.truncated)
-
-
-@contextlib.contextmanager
-def _survived() -> Iterator[None]:
-    """One that cannot be recorded must not take the others along."""
-    try:
-        yield
-    except Exception:
-        log.exception("a request could not be recorded")
+        try:
+            timings = answered.timings if answered else None
+            self._metrics.request(outcome.model, outcome.protocol, outcome.status, timings)
+            if answered is not None:
+                self._metrics.count(outcome.model, answered.texts, answered.truncated)
+            if self._tracer is not None:
+                self._tracer.request(outcome)
+            if self._log_requests or outcome.status == "INTERNAL":
+                _log(outcome)
+        except Exception:  # one that cannot be recorded must not take the others along
+            log.exception("a request could not be recorded")
 
 
 def _log(outcome: Outcome) -> None:

@@ -28,6 +28,7 @@ from runtime.serving.models import Models, request_id
 from runtime.settings import ServeSettings
 from runtime.tokenizer import Instruction, TokenizedText, Truncate
 from runtime.wire.grpc_calls import UNEXPECTED, Calls, details, dropped_with, header, unreadable
+from runtime.wire.tls import TlsFiles
 
 log = logging.getLogger("f2rt.grpc")
 
@@ -55,10 +56,10 @@ _PB_DTYPE = {dtype: number for number, dtype in _DTYPE.items() if number != pb.D
 class EmbeddingService:
     """Answers f2rt.v1.EmbeddingService and AdminService for all models of a server."""
 
-    def __init__(self, models: Models, settings: ServeSettings, keys: Keys) -> None:
+    def __init__(self, models: Models, settings: ServeSettings, keys: Keys, tls: TlsFiles | None) -> None:
         self._models = models
         self._settings = settings
-        self._keys = keys
+        self._keys, self._tls = keys, tls
         self._loop = asyncio.get_running_loop()
         self._streams = threading.BoundedSemaphore(MOST_STREAMS)
 
@@ -201,13 +202,15 @@ class EmbeddingService:
         )
 
     def reload(self, request: pb.ReloadRequest, context: Any) -> pb.ReloadResponse:
-        """Read the keys again, and switch a model to its bundle as it is now on disk."""
+        """Read keys and certificates again, and switch a model to its bundle as it is now on disk."""
         if not self._keys.required and not _is_local(context.peer()):
             raise AccessError(
                 "without API keys a reload is taken from this machine only.",
                 cure="Serve with --keys-file, or use SIGHUP.",
             )
         self._keys.reload()
+        if self._tls is not None:
+            self._tls.reload()
         reloading = self._models.get(request.model).reload(request.engine or None)
         done = asyncio.run_coroutine_threadsafe(reloading, self._loop).result()
         return pb.ReloadResponse(

@@ -13,10 +13,10 @@ from runtime.errors import InputError
 from runtime.serving.access import Keys
 from runtime.serving.model import State
 from runtime.serving.models import Models
-from runtime.settings import ServeSettings, TlsSettings
+from runtime.settings import ServeSettings
 from runtime.wire import f2rt_v1, kserve_v2
 from runtime.wire.grpc_calls import Calls
-from runtime.wire.tls import check_tls, read_pem
+from runtime.wire.tls import TlsFiles
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -29,9 +29,10 @@ _KEEPALIVE_MS = 60 * 1000
 class GrpcServer:
     """One listening gRPC server on the models of a server."""
 
-    def __init__(self, models: Models, settings: ServeSettings, keys: Keys) -> None:
+    def __init__(self, models: Models, settings: ServeSettings, keys: Keys, tls: TlsFiles | None = None) -> None:
         """Build the server without listening. Must be called inside the event loop that will run it."""
         self.settings = settings
+        self._tls = tls
         self._models = models
         self._calls = Calls(keys, models.refused)
         self._health = _Health(experimental_non_blocking=True, experimental_thread_pool=ThreadPoolExecutor(1))
@@ -56,7 +57,7 @@ class GrpcServer:
                 ("grpc.absolute_max_metadata_size", 32 << 10),
             ],
         )
-        handlers = f2rt_v1.EmbeddingService(models, settings, keys).handlers(self._calls)
+        handlers = f2rt_v1.EmbeddingService(models, settings, keys, tls).handlers(self._calls)
         handlers += kserve_v2.InferenceService(models).handlers(self._calls)
         self._server.add_generic_rpc_handlers(handlers)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -68,12 +69,12 @@ class GrpcServer:
 
     def start(self) -> str:
         """Listen. Returns the address with the port really taken. Raises InputError."""
-        address, tls = self.settings.grpc_address, self.settings.tls
+        address = self.settings.grpc_address
         try:
-            if tls is None:
+            if self._tls is None:
                 port = self._server.add_insecure_port(address)
             else:
-                port = self._server.add_secure_port(address, _credentials(tls))
+                port = self._server.add_secure_port(address, self._tls.grpc_credentials())
         except RuntimeError as error:
             raise InputError(
                 f"cannot listen on {address}: it is in use, or not an address of this machine.",
@@ -118,12 +119,3 @@ class _Health(health.HealthServicer):  # type: ignore[misc]
             found = dict(self._server_status)
         statuses = {name: health_pb2.HealthCheckResponse(status=status) for name, status in found.items()}
         return health_pb2.HealthListResponse(statuses=statuses)
-
-
-def _credentials(tls: TlsSettings) -> grpc.ServerCredentials:
-    check_tls(tls)  # what cannot be read would only be a port that cannot be opened
-    key, certificate = read_pem(tls.key), read_pem(tls.certificate)
-    authority = read_pem(tls.client_ca) if tls.client_ca else None
-    return grpc.ssl_server_credentials(
-        [(key, certificate)], root_certificates=authority, require_client_auth=authority is not None
-    )

@@ -18,7 +18,7 @@ from runtime.serving.models import Models
 from runtime.settings import ServeSettings
 from runtime.wire.http_app import HttpApp
 from runtime.wire.http_connection import HttpConnection
-from runtime.wire.tls import check_tls
+from runtime.wire.tls import TlsFiles
 
 _BACKLOG = 2048
 _KEEP_ALIVE_S = 75
@@ -30,12 +30,9 @@ _FLUSH_S = 2.0  # at the end, for the last bytes of refusals
 class HttpServer:
     """One listening HTTP server on the models of a server."""
 
-    def __init__(self, models: Models, settings: ServeSettings, keys: Keys) -> None:
+    def __init__(self, models: Models, settings: ServeSettings, keys: Keys, tls: TlsFiles | None = None) -> None:
         self.settings = settings
         self._http = HttpApp(models, settings, keys)
-        tls = settings.tls
-        if tls is not None:
-            check_tls(tls)
         config = uvicorn.Config(
             self._http.app,
             log_config=None,
@@ -46,13 +43,9 @@ class HttpServer:
             server_header=False,
             timeout_keep_alive=_KEEP_ALIVE_S,
             limit_concurrency=settings.max_connections,
-            ssl_certfile=tls.certificate if tls else None,
-            ssl_keyfile=tls.key if tls else None,
-            ssl_ca_certs=tls.client_ca or None if tls else None,
-            ssl_cert_reqs=ssl.CERT_REQUIRED if tls and tls.client_ca else ssl.CERT_NONE,
         )
         config.load()
-        self._server = _Server(config, max(settings.drain_s, _CLOSE_S))
+        self._server = _Server(config, tls.context() if tls else None, max(settings.drain_s, _CLOSE_S))
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> str:
@@ -90,23 +83,23 @@ class HttpServer:
 class _Server(uvicorn.Server):
     """uvicorn without hands on the process's signals, which `runtime.server` has, and with limits of time for TLS."""
 
-    def __init__(self, config: uvicorn.Config, close_s: float) -> None:
+    def __init__(self, config: uvicorn.Config, tls: ssl.SSLContext | None, close_s: float) -> None:
         """`close_s`: how long a connection with TLS may take to send what is left when it is closed."""
         super().__init__(config)
-        self._close_s = close_s
+        self._tls, self._close_s = tls, close_s
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept connections. uvicorn's own has no word on how long a handshake may take; asyncio's is a minute."""
         config, loop = self.config, asyncio.get_running_loop()
         times: dict[str, Any] = {}
-        if config.ssl is not None:
+        if self._tls is not None:
             times = {"ssl_handshake_timeout": _HANDSHAKE_S, "ssl_shutdown_timeout": self._close_s}
 
         def connect() -> asyncio.Protocol:
             return HttpConnection(config, self.server_state, {})
 
         self.servers = [
-            await loop.create_server(connect, sock=one, ssl=config.ssl, backlog=_BACKLOG, **times)
+            await loop.create_server(connect, sock=one, ssl=self._tls, backlog=_BACKLOG, **times)
             for one in sockets or ()
         ]
         self.started = True
