@@ -30,6 +30,14 @@ _JSON = {"content-type": "application/json"}
 
 
 @dataclass(frozen=True)
+class Request:
+    """Texts of one request, and the tokens of all of them together."""
+
+    texts: Sequence[str]
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Answer:
     """What became of a request; `retry_after_s` is when a server that refused asked to be asked again."""
 
@@ -46,21 +54,26 @@ Ask = Callable[[Sequence[str]], Awaitable[Answer]]
 class Outcomes:
     """What became of the requests of one phase. Times in milliseconds; `seconds` is how long the phase was.
 
+    `texts` and `tokens` are of what was answered. Rates are compared by tokens: a phase sees some of the texts more
+    often than others, and in overload short requests find room more often than long ones.
+
     `settled_ms` are those of `ok_ms` that were due `SETTLED_S` or more after the phase began: what fills the queue at
     the onset of overload is behind them.
     """
 
     seconds: float = 0.0
     texts: int = 0
+    tokens: int = 0
     ok_ms: list[float] = field(default_factory=list)
     settled_ms: list[float] = field(default_factory=list)
     refused_ms: list[float] = field(default_factory=list)
     failed: int = 0
 
-    def add(self, outcome: Answer, texts: int, ms: float, due_s: float = 0.0) -> None:
+    def add(self, outcome: Answer, request: Request, ms: float, due_s: float = 0.0) -> None:
         """Count one request, due so many seconds after the phase began."""
         if outcome.kind == OK.kind:
-            self.texts += texts
+            self.texts += len(request.texts)
+            self.tokens += request.tokens
             self.ok_ms.append(ms)
             if due_s >= SETTLED_S:
                 self.settled_ms.append(ms)
@@ -74,9 +87,15 @@ class Outcomes:
         """Texts embedded per second."""
         return self.texts / self.seconds
 
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens embedded per second, without padding."""
+        return self.tokens / self.seconds
+
     def as_data(self) -> dict[str, float]:
         """Return the numbers; what has no value is left out."""
-        data: dict[str, float] = {"texts_per_s": self.texts_per_s, "ok": len(self.ok_ms), "failed": self.failed}
+        data: dict[str, float] = {"texts_per_s": self.texts_per_s, "tokens_per_s": self.tokens_per_s}
+        data |= {"ok": len(self.ok_ms), "failed": self.failed}
         data["refused"] = len(self.refused_ms)
         for name, times in (("ok", self.ok_ms), ("settled", self.settled_ms), ("refused", self.refused_ms)):
             if times:
@@ -84,9 +103,7 @@ class Outcomes:
         return data
 
 
-async def closed_loop(
-    ask: Ask, requests: Sequence[Sequence[str]], callers: int, seconds: float, least: int = 1
-) -> Outcomes:
+async def closed_loop(ask: Ask, requests: Sequence[Request], callers: int, seconds: float, least: int = 1) -> Outcomes:
     """`callers` callers, each of which asks again when it has its answer, or when the server that refused wants it.
 
     Each asks `least` times, however long that takes.
@@ -99,8 +116,8 @@ async def closed_loop(
             request = requests[turn % len(requests)]
             turn += callers
             start = time.perf_counter()
-            outcome = await ask(request)
-            outcomes.add(outcome, len(request), 1e3 * (time.perf_counter() - start))
+            outcome = await ask(request.texts)
+            outcomes.add(outcome, request, 1e3 * (time.perf_counter() - start))
             if outcome.kind == REFUSED.kind:
                 await asyncio.sleep(min(outcome.retry_after_s, max(end - time.perf_counter(), 0)))
 
@@ -110,7 +127,7 @@ async def closed_loop(
     return outcomes
 
 
-async def open_loop(ask: Ask, requests: Sequence[Sequence[str]], per_second: float, seconds: float) -> Outcomes:
+async def open_loop(ask: Ask, requests: Sequence[Request], per_second: float, seconds: float) -> Outcomes:
     """Requests at a fixed rate, at times of a Poisson process, for `seconds` or as long as `LEAST_REQUESTS` take.
 
     As many as the rate says, however the times fall: given their number, a Poisson process spreads them evenly.
@@ -120,9 +137,9 @@ async def open_loop(ask: Ask, requests: Sequence[Sequence[str]], per_second: flo
     seconds, chance = count / per_second, random.Random(7)
     start = time.perf_counter() + 0.05
 
-    async def send(request: Sequence[str], due_s: float) -> None:
-        outcome = await ask(request)
-        outcomes.add(outcome, len(request), 1e3 * (time.perf_counter() - due_s), due_s - start)
+    async def send(request: Request, due_s: float) -> None:
+        outcome = await ask(request.texts)
+        outcomes.add(outcome, request, 1e3 * (time.perf_counter() - due_s), due_s - start)
 
     for number, due in enumerate(sorted(start + chance.uniform(0, seconds) for _ in range(count))):
         wait = due - time.perf_counter()

@@ -48,7 +48,7 @@ LOADS = (0.8, 2.0, 10.0)
 class Measured:
     """One server's phases: alone (one caller), and open loop at multiples of capacity; or why there are none.
 
-    `raw` and `saturated` are the turns, in texts per second: one before each phase of the open loop, and one at last.
+    `raw` (tokens per second) and `saturated` are the turns: one before each phase of the open loop, and one at last.
     """
 
     name: str
@@ -60,18 +60,19 @@ class Measured:
 
     @property
     def of_raw(self) -> list[float]:
-        """Texts per second at saturation to those of the raw engine, turn by turn."""
-        return [closed.texts_per_s / raw for closed, raw in zip(self.saturated, self.raw, strict=True)]
+        """Tokens per second at saturation to those of the raw engine, turn by turn."""
+        return [closed.tokens_per_s / raw for closed, raw in zip(self.saturated, self.raw, strict=True)]
 
     @property
     def capacity(self) -> float:
-        """Texts per second at saturation, all turns together."""
-        return sum(turn.texts for turn in self.saturated) / sum(turn.seconds for turn in self.saturated)
+        """Tokens per second at saturation, all turns together."""
+        return sum(turn.tokens for turn in self.saturated) / sum(turn.seconds for turn in self.saturated)
 
     def goodput(self, load: float) -> float:
-        """Texts per second of an open loop to the mean of the capacity before and after it."""
+        """Tokens per second of an open loop to the mean of the capacity before and after it."""
         at = LOADS.index(load)
-        return self.phases[f"{load:g}x"].texts_per_s / _mean([turn.texts_per_s for turn in self.saturated[at : at + 2]])
+        around = [turn.tokens_per_s for turn in self.saturated[at : at + 2]]
+        return self.phases[f"{load:g}x"].tokens_per_s / _mean(around)
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,6 @@ def measure(
     checkpoint, bundle = _prepare(size, checkpoint, bundle, engine, work)
     embedder = open_embedder(open_bundle(bundle), engine)
     raw = RawEngine(embedder, mixed_texts(embedder), load.seconds, load.per_request)
-    requests = [raw.texts[i : i + load.per_request] for i in range(0, len(raw.texts), load.per_request)]
     _say(f"{len(raw.texts)} texts; the raw engine's best batch has {raw.budget} tokens")
     measured = []
     for contender in (GRPC, HTTP, *PEERS):
@@ -112,9 +112,9 @@ def measure(
             continue
         try:
             with running(contender, checkpoint, bundle, engine, work / f"{contender.name.split()[0]}.log") as server:
-                asyncio.run(_in_time(_phases(contender, server, raw, requests, load, result), load.limit_s))
+                asyncio.run(_in_time(_phases(contender, server, raw, load, result), load.limit_s))
         except RuntimeError as error:
-            known = f" (at saturation {result.capacity:.2f} texts/s)" if result.saturated else ""
+            known = f" (at saturation {result.capacity:.0f} tokens/s)" if result.saturated else ""
             result.problem = f"{error}{known}"
         _say(f"{contender.name}: {result.problem or _summary(result)}")
     embedder.close()
@@ -145,20 +145,20 @@ async def _phases(
     contender: Contender,
     server: Running,
     raw: RawEngine,
-    requests: Sequence[Sequence[str]],
     load: Load,
     result: Measured,
 ) -> None:
-    ask, seconds = server.connect(), load.seconds
+    ask, requests, seconds = server.connect(), raw.requests, load.seconds
+    tokens_per_request = sum(request.tokens for request in requests) / len(requests)
 
     async def turn() -> float:
         with server.stopped():  # what it does while nobody asks must not slow down what it is compared with
-            result.raw.append(raw.texts_per_s(seconds / 3))
+            result.raw.append(raw.tokens_per_s(seconds / 3))
         result.saturated.append(await closed_loop(ask, requests, load.concurrent, seconds / 3, least=2))
-        rate = result.saturated[-1].texts_per_s
+        rate = result.saturated[-1].tokens_per_s
         if not rate:
             raise RuntimeError("it answered nothing at saturation")
-        return rate / load.per_request
+        return rate / tokens_per_request
 
     await closed_loop(ask, requests, 4, min(seconds / 4, 5))  # warm
     result.phases["alone"] = await closed_loop(ask, requests, 1, seconds / 2)
@@ -208,8 +208,8 @@ def _say(message: str) -> None:
 
 
 def _summary(result: Measured) -> str:
-    phases = ", ".join(f"{name} {phase.texts_per_s:.1f} texts/s" for name, phase in result.phases.items())
-    return f"{phases}; at saturation {result.capacity:.1f}, {_percent(median(result.of_raw))} of the raw engine"
+    phases = ", ".join(f"{name} {phase.tokens_per_s:.0f} tokens/s" for name, phase in result.phases.items())
+    return f"{phases}; at saturation {result.capacity:.0f}, {_percent(median(result.of_raw))} of the raw engine"
 
 
 def _result(size: str, engine: str, load: Load, raw: RawEngine, measured: Sequence[Measured]) -> Result:
@@ -228,7 +228,7 @@ def _result(size: str, engine: str, load: Load, raw: RawEngine, measured: Sequen
             # Each to the raw engine of its own turns: what the machine did meanwhile is in neither.
             more += f"; f2rt gRPC does {median(measured[0].of_raw) / median(one.of_raw):.2f} times as much"
         notes.append(
-            f"{one.name}: {_percent(median(one.of_raw))} of the raw engine's texts/s at saturation "
+            f"{one.name}: {_percent(median(one.of_raw))} of the raw engine's tokens/s at saturation "
             f"({', '.join(map(_percent, one.of_raw))}){more}"
         )
     everything = [rate for one in measured for rate in one.raw]
@@ -237,7 +237,7 @@ def _result(size: str, engine: str, load: Load, raw: RawEngine, measured: Sequen
         title=f"Serving under load, {size} checkpoint on CPU, {engine}",
         command=_command(size, engine, load),
         columns=[
-            *("server", "load", "texts/s", "of its capacity", "p50 ms", "p99 ms", "p99 to that at 0.8x"),
+            *("server", "load", "texts/s", "tokens/s", "of its capacity", "p50 ms", "p99 ms", "p99 to that at 0.8x"),
             *("after the onset", "refused", "refusals' p50 ms", "p99 ms", "failed"),
         ],
         rows=rows,
@@ -247,8 +247,9 @@ def _result(size: str, engine: str, load: Load, raw: RawEngine, measured: Sequen
             "turns; 0.8x and so on: an open loop at this multiple of the turn before it, set against the mean of the "
             f"turns on either side, times counted from when a request was due, {LEAST_REQUESTS} requests at least; "
             f"after the onset: the same ratio for requests due {SETTLED_S:g} s or more into the phase",
-            "the raw engine, in process, sorted by length, best of five batch sizes, a turn before each saturated "
-            f"one: {min(everything, default=0):.1f} to {max(everything, default=0):.1f} texts/s, as the machine was",
+            "the raw engine, in process, sorted by length, best of seven batch sizes, a turn before each saturated "
+            f"one: {min(everything, default=0):.0f} to {max(everything, default=0):.0f} tokens/s, as the machine was",
+            "ratios are of tokens/s, without padding: in overload short requests find room more often than long ones",
             *notes,
         ],
         data={
@@ -280,7 +281,7 @@ def _rows(one: Measured) -> list[list[str]]:
             phases.append((load, one.phases[load]))
     rows = []
     for name, phase in phases:
-        numbers, share = phase.as_data(), shares.get(name, phase.texts_per_s / one.capacity)
+        numbers, share = phase.as_data(), shares.get(name, phase.tokens_per_s / one.capacity)
         p99 = numbers.get("ok_p99_ms")
         ratios = [
             f"{found / at_80:.2f}" if found and at_80 and name in shares and name != "0.8x" else ""
@@ -288,7 +289,8 @@ def _rows(one: Measured) -> list[list[str]]:
         ]
         rows.append(
             [
-                *(one.name, name, f"{phase.texts_per_s:.1f}", f"{share:.2f}", _ms(numbers.get("ok_p50_ms")), _ms(p99)),
+                *(one.name, name, f"{phase.texts_per_s:.1f}", f"{phase.tokens_per_s:.0f}", f"{share:.2f}"),
+                *(_ms(numbers.get("ok_p50_ms")), _ms(p99)),
                 *(*ratios, str(len(phase.refused_ms)), _ms(numbers.get("refused_p50_ms"))),
                 *(_ms(numbers.get("refused_p99_ms")), str(phase.failed)),
             ]
@@ -301,7 +303,7 @@ def _data(one: Measured) -> dict[str, object]:
         "server": one.name,
         "of_raw": median(one.of_raw),
         "of_raw_by_turn": one.of_raw,
-        "raw_texts_per_s": one.raw,
+        "raw_tokens_per_s": one.raw,
         "saturated": [turn.as_data() for turn in one.saturated],
         "padding_waste": one.waste,
         "goodput": {f"{load:g}x": one.goodput(load) for load in LOADS if f"{load:g}x" in one.phases},

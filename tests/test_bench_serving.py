@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.load import FAILED, LEAST_REQUESTS, OK, REFUSED, Answer, Outcomes, closed_loop, open_loop
+from bench.load import FAILED, LEAST_REQUESTS, OK, REFUSED, Answer, Outcomes, Request, closed_loop, open_loop
 from bench.raw_engine import RawEngine
 from bench.servers import Running
 from bench.serving import Load, Measured, measure, mixed_texts
@@ -22,7 +22,7 @@ from runtime.embedder import open_embedder
 from runtime.tokenizer import Instruction, TokenizedText, Truncate
 from tests.serving_in_process import wait_until
 
-REQUESTS = [["a"], ["b", "c"]]
+REQUESTS = [Request(["a"], 1), Request(["b", "c"], 7)]
 
 
 def test_the_closed_loop_waits_for_each_answer() -> None:
@@ -41,6 +41,8 @@ def test_the_closed_loop_waits_for_each_answer() -> None:
     assert min(outcomes.ok_ms) >= 10
     assert outcomes.texts == pytest.approx(1.5 * len(outcomes.ok_ms), abs=3)
     assert outcomes.texts_per_s == pytest.approx(outcomes.texts / outcomes.seconds)
+    assert outcomes.tokens == pytest.approx(4 * len(outcomes.ok_ms), abs=18)
+    assert outcomes.tokens_per_s == pytest.approx(outcomes.tokens / outcomes.seconds)
 
 
 def test_a_caller_that_was_refused_comes_back_when_it_was_told_to() -> None:
@@ -118,7 +120,7 @@ def test_outcomes_are_told_apart() -> None:
         await asyncio.sleep(0.001)
         return next(kinds)
 
-    outcomes = asyncio.run(closed_loop(ask, [["a"]], 1, 0.2))
+    outcomes = asyncio.run(closed_loop(ask, REQUESTS[:1], 1, 0.2))
     assert abs(len(outcomes.ok_ms) - len(outcomes.refused_ms)) <= 1
     assert abs(len(outcomes.ok_ms) - outcomes.failed) <= 1
     assert outcomes.texts == len(outcomes.ok_ms)
@@ -137,7 +139,7 @@ def test_a_short_run_of_our_own_server(
         assert set(server) >= {"alone", "saturated", "0.8x", "2x", "10x", "padding_waste", "of_raw"}
         assert [phase["failed"] for phase in (server["alone"], *server["saturated"])] == [0] * 5
         assert set(server["goodput"]) == {"0.8x", "2x", "10x"}
-        assert len(server["raw_texts_per_s"]) == 4
+        assert len(server["raw_tokens_per_s"]) == 4
         assert 0 <= server["padding_waste"] < 0.5
     assert [row[1] for row in result.rows[:8]] == [
         *("alone", "saturated 1", "0.8x", "saturated 2", "2x", "saturated 3", "10x", "saturated 4")
@@ -148,8 +150,8 @@ def test_a_short_run_of_our_own_server(
 def test_a_phase_is_set_against_the_turns_on_either_side() -> None:
     """A machine that halves its speed within the run changes no ratio by it."""
     one = Measured("known", raw=[100.0, 50.0, 50.0, 100.0])
-    one.saturated = [Outcomes(1.0, texts=90), Outcomes(1.0, texts=45), Outcomes(1.0, texts=45), Outcomes(1.0, texts=80)]
-    one.phases = {"2x": Outcomes(2.0, texts=90), "10x": Outcomes(1.0, texts=50)}
+    one.saturated = [Outcomes(1.0, tokens=tokens) for tokens in (90, 45, 45, 80)]
+    one.phases = {"2x": Outcomes(2.0, tokens=90), "10x": Outcomes(1.0, texts=500, tokens=50)}
     assert one.of_raw == [0.9, 0.9, 0.9, 0.8]
     assert one.capacity == 65
     assert one.goodput(2.0) == 1.0
@@ -162,6 +164,9 @@ def test_the_raw_engine_does_whole_passes(bundle: Bundle, monkeypatch: pytest.Mo
     raw = RawEngine(embedder, texts, 0.1, 3)
     assert raw.texts == texts[: len(raw.texts)]
     assert len(raw.texts) % 3 == 0, "whole requests, as the servers get them"
+    assert [text for request in raw.requests for text in request.texts] == raw.texts
+    lengths = [len(item.ids) for item in embedder.tokenize(raw.texts, Instruction(prompt=""), Truncate.END)]
+    assert [request.tokens for request in raw.requests] == [sum(lengths[i : i + 3]) for i in range(0, len(lengths), 3)]
     with pytest.raises(ValueError, match="no request of 7"):
         RawEngine(embedder, texts[:6], 0.1, 7)
     rows: list[int] = []
@@ -172,7 +177,7 @@ def test_the_raw_engine_does_whole_passes(bundle: Bundle, monkeypatch: pytest.Mo
         return infer_rows(items, chosen)
 
     monkeypatch.setattr(embedder, "infer_rows", seen)
-    assert raw.texts_per_s(0.1) > 0
+    assert raw.tokens_per_s(0.1) > 0
     assert sorted(rows) == sorted(list(range(len(raw.texts))) * (len(rows) // len(raw.texts)))
     embedder.close()
 
