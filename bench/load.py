@@ -57,7 +57,8 @@ class Outcomes:
     `texts` and `tokens` are of what was answered. Rates are compared by tokens: a phase sees some of the texts more
     often than others, and in overload short requests find room more often than long ones.
 
-    `settled_ms` are those of `ok_ms` that were due `SETTLED_S` or more after the phase began: what fills the queue at
+    `late_ms` is how late the generator itself was, which is in the times of the open loop. `settled_ms` are those of
+    `ok_ms` that were due `SETTLED_S` or more after the phase began: what fills the queue at
     the onset of overload is behind them.
     """
 
@@ -67,6 +68,7 @@ class Outcomes:
     ok_ms: list[float] = field(default_factory=list)
     settled_ms: list[float] = field(default_factory=list)
     refused_ms: list[float] = field(default_factory=list)
+    late_ms: list[float] = field(default_factory=list)
     failed: int = 0
 
     def add(self, outcome: Answer, request: Request, ms: float, due_s: float = 0.0) -> None:
@@ -97,7 +99,8 @@ class Outcomes:
         data: dict[str, float] = {"texts_per_s": self.texts_per_s, "tokens_per_s": self.tokens_per_s}
         data |= {"ok": len(self.ok_ms), "failed": self.failed}
         data["refused"] = len(self.refused_ms)
-        for name, times in (("ok", self.ok_ms), ("settled", self.settled_ms), ("refused", self.refused_ms)):
+        all_times = {"ok": self.ok_ms, "settled": self.settled_ms, "refused": self.refused_ms, "late": self.late_ms}
+        for name, times in all_times.items():
             if times:
                 data |= {f"{name}_p50_ms": percentile(times, 50), f"{name}_p99_ms": percentile(times, 99)}
         return data
@@ -138,6 +141,7 @@ async def open_loop(ask: Ask, requests: Sequence[Request], per_second: float, se
     start = time.perf_counter() + 0.05
 
     async def send(request: Request, due_s: float) -> None:
+        outcomes.late_ms.append(1e3 * (time.perf_counter() - due_s))
         outcome = await ask(request.texts)
         outcomes.add(outcome, request, 1e3 * (time.perf_counter() - due_s), due_s - start)
 

@@ -25,7 +25,7 @@ import httpx
 from bench.inputs import private_cache, short_texts
 from bench.load import LEAST_REQUESTS, SETTLED_S, Outcomes, closed_loop, open_loop
 from bench.raw_engine import RawEngine
-from bench.report import Result, median
+from bench.report import Result, median, percentile
 from bench.servers import GRPC, HTTP, PEERS, Contender, Running, running
 from calibration.texts import verification_texts
 from export.checkpoint import Checkpoint
@@ -224,6 +224,8 @@ def _result(size: str, engine: str, load: Load, raw: RawEngine, measured: Sequen
         rows += _rows(one)
         data.append(_data(one))
         more = f", {100 * one.waste:.1f} % of its tokens were padding" if one.waste is not None else ""
+        late = [ms for phase in one.phases.values() for ms in phase.late_ms]
+        more += f"; the generator sent its requests up to {percentile(late, 99):.1f} ms late (p99)"
         if not measured[0].problem and one is not measured[0]:
             # Each to the raw engine of its own turns: what the machine did meanwhile is in neither.
             more += f"; f2rt gRPC does {median(measured[0].of_raw) / median(one.of_raw):.2f} times as much"

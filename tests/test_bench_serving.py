@@ -72,6 +72,8 @@ def test_the_open_loop_counts_from_when_a_request_was_due(monkeypatch: pytest.Mo
     outcomes = asyncio.run(open_loop(ask, REQUESTS, 200, 1.0))
     late = [ms for ms in outcomes.ok_ms if ms > 50]
     assert len(late) > 30, "those of a quarter of a second at 200 a second"
+    assert len([ms for ms in outcomes.late_ms if ms > 50]) > 30, "the server stood in the generator's own way"
+    assert len(outcomes.late_ms) == 200
     assert len(outcomes.ok_ms) == 200, "as many as the rate says"
     assert 0 < len(outcomes.settled_ms) < len(outcomes.ok_ms), "those due after the onset"
 

@@ -12,10 +12,10 @@ import pytest
 from onnx import TensorProto, helper
 
 from export import builder
-from export.builder import Built, resolve_target
+from export.builder import Built, Target, build_engine, resolve_target
 from export.engine_types import int8_share
 from export.precision import Precision
-from export.profiles import Profile
+from export.profiles import PRESETS, Profile, parse_profiles
 from runtime.bundle import Bundle
 from runtime.errors import (
     EngineError,
@@ -204,6 +204,18 @@ def test_weights_beyond_two_gigabytes_are_found(tmp_path: Path) -> None:
     plan = (tmp_path / "far.engine").read_bytes()
     here = [numbers.tobytes(), np.ascontiguousarray(numbers.T).tobytes()]
     assert any(block in plan for block in here)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_really_builds(narrow_bundle: Bundle, tmp_path: Path, preset: str) -> None:
+    """One plan for all buckets of a preset, the one for a single long text included."""
+    profiles = parse_profiles(preset, narrow_bundle.manifest.contract.max_tokens)
+    assert profiles[: len(PRESETS[preset])] == PRESETS[preset]
+    plan = tmp_path / "plan.engine"
+    built = build_engine(narrow_bundle.path("graphs/fp16.onnx"), plan, RTX, "fp16", profiles, Target("sm89"))
+    assert built.size_bytes == plan.stat().st_size > 2 * 6_000_000
+    assert "28 matrix products in fp16" in built.flags
 
 
 @pytest.mark.slow
