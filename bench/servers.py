@@ -19,7 +19,7 @@ from bench.load import GrpcAsker, OpenAIAsker
 
 _ROOT = Path(__file__).resolve().parents[1]
 _COMMAND = [sys.executable, "-c", "from export.cli import main; main()"]
-_START_S = 300.0
+START_S = 300.0
 _PINS = ("PYTHON", "VIRTUAL_ENV", "F2RT_")
 
 
@@ -68,8 +68,13 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(contender: Contender, checkpoint: Path, bundle: Path, engine: str, log: Path) -> Iterator[Running]:
-    """Start a server, wait until it answers, and stop it. Raises RuntimeError with its last words if it does not."""
+def running(
+    contender: Contender, checkpoint: Path, bundle: Path, engine: str, log: Path, start_s: float = START_S
+) -> Iterator[Running]:
+    """Start a server, wait until it answers, and stop it.
+
+    Raises RuntimeError with its last words if it does not within `start_s`.
+    """
     port, second = free_port(), free_port()
     environment = {n: v for n, v in os.environ.items() if not n.startswith(_PINS)} | {"HF_HUB_OFFLINE": "1"}
     url = f"http://127.0.0.1:{port}"
@@ -93,6 +98,7 @@ def running(contender: Contender, checkpoint: Path, bundle: Path, engine: str, l
             ]
             command += ["--device", "cpu", "--port", str(port), "--host", "127.0.0.1", "--no-bettertransformer"]
             command += ["--served-model-name", "bench", "--url-prefix", "/v1", "--dtype", "float32"]
+            command += ["--no-model-warmup"]  # it measures long batches, for minutes; all servers are warmed alike
             model = "bench"
             environment["INFINITY_ANONYMOUS_USAGE_STATS"] = "0"
         elif contender is VLLM:
@@ -114,7 +120,7 @@ def running(contender: Contender, checkpoint: Path, bundle: Path, engine: str, l
     with log.open("wb") as out:
         process = subprocess.Popen(command, cwd=_ROOT, env=environment, stdout=out, stderr=out, start_new_session=True)
     try:
-        _wait(ready, process, log)
+        _wait(ready, process, log, start_s)
 
         def connect() -> GrpcAsker | OpenAIAsker:
             if contender.protocol == "grpc":
@@ -135,8 +141,8 @@ def running(contender: Contender, checkpoint: Path, bundle: Path, engine: str, l
             process.wait()
 
 
-def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    end = time.monotonic() + _START_S
+def _wait(url: str, process: subprocess.Popen[bytes], log: Path, start_s: float) -> None:
+    end = time.monotonic() + start_s
     while time.monotonic() < end:
         if process.poll() is not None:
             break
@@ -147,7 +153,7 @@ def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
     words = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     said = words[-1][:300].replace(f"{_ROOT}/", "") if words else "it said nothing"
     status = process.poll()
-    raise RuntimeError(f"it did not answer within {_START_S:g} s: {said}" if status is None else f"it ended: {said}")
+    raise RuntimeError(f"it did not answer within {start_s:g} s: {said}" if status is None else f"it ended: {said}")
 
 
 def free_port() -> int:

@@ -26,7 +26,7 @@ from bench.inputs import private_cache, short_texts
 from bench.load import LEAST_REQUESTS, SETTLED_S, Outcomes, closed_loop, open_loop
 from bench.raw_engine import RawEngine
 from bench.report import Result, median, percentile
-from bench.servers import GRPC, HTTP, PEERS, Contender, Running, running
+from bench.servers import GRPC, HTTP, PEERS, START_S, Contender, Running, running
 from calibration.texts import verification_texts
 from export.checkpoint import Checkpoint
 from export.hub import locate
@@ -80,7 +80,7 @@ class Load:
     """How much is asked: each phase takes `seconds` or longer, requests have `per_request` texts.
 
     `callers` of the closed loop are by default as many as keep the engine busy: some answers are on their way while
-    others are computed. A server that takes longer than `limit_s` for all of its phases is given up.
+    others are computed. A server that takes longer than `limit_s` to start, or for all of its phases, is given up.
     """
 
     seconds: float = 15.0
@@ -111,7 +111,8 @@ def measure(
             result.problem = reason
             continue
         try:
-            with running(contender, checkpoint, bundle, engine, work / f"{contender.name.split()[0]}.log") as server:
+            log, start_s = work / f"{contender.name.split()[0]}.log", max(START_S, load.limit_s or 0)
+            with running(contender, checkpoint, bundle, engine, log, start_s) as server:
                 asyncio.run(_in_time(_phases(contender, server, raw, load, result), load.limit_s))
         except RuntimeError as error:
             known = f" (at saturation {result.capacity:.0f} tokens/s)" if result.saturated else ""
