@@ -29,7 +29,7 @@ _KEEPALIVE_MS = 60 * 1000
 class GrpcServer:
     """One listening gRPC server on the models of a server."""
 
-    def __init__(self, models: Models, settings: ServeSettings, keys: Keys, tls: TlsFiles | None = None) -> None:
+    def __init__(self, models: Models, settings: ServeSettings, keys: Keys, tls: TlsFiles | None) -> None:
         """Build the server without listening. Must be called inside the event loop that will run it."""
         self.settings = settings
         self._tls = tls

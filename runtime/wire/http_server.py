@@ -30,7 +30,7 @@ _FLUSH_S = 2.0  # at the end, for the last bytes of refusals
 class HttpServer:
     """One listening HTTP server on the models of a server."""
 
-    def __init__(self, models: Models, settings: ServeSettings, keys: Keys, tls: TlsFiles | None = None) -> None:
+    def __init__(self, models: Models, settings: ServeSettings, keys: Keys, tls: TlsFiles | None) -> None:
         self.settings = settings
         self._http = HttpApp(models, settings, keys)
         config = uvicorn.Config(
