@@ -16,11 +16,14 @@ from pathlib import Path
 import httpx
 
 from bench.load import GrpcAsker, OpenAIAsker
+from runtime.cpu import cpu_extensions
 
 _ROOT = Path(__file__).resolve().parents[1]
 _COMMAND = [sys.executable, "-c", "from export.cli import main; main()"]
 START_S = 300.0
 _PINS = ("PYTHON", "VIRTUAL_ENV", "F2RT_")
+# A CPU that does not multiply bfloat16 emulates it, many times as slowly as float32.
+_VLLM_DTYPE = "bfloat16" if cpu_extensions() & {"avx512_bf16", "amx_bf16"} else "float32"
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,11 @@ class Contender:
     protocol: str = "http"
     encoding: str = "base64"
 
+    @property
+    def peer(self) -> str:
+        """A peer's short name, as `--leave-out` takes it; "" for a server of ours."""
+        return self.environment.removeprefix(".venv-")
+
     def not_there(self) -> str | None:
         """Return why it cannot be measured here, or None."""
         if self.environment and not (_ROOT / self.environment / "bin" / "python").exists():
@@ -42,7 +50,7 @@ class Contender:
 GRPC = Contender("f2rt gRPC", protocol="grpc")
 HTTP = Contender("f2rt HTTP")
 INFINITY = Contender("infinity", ".venv-infinity", encoding="float")
-VLLM = Contender("vLLM", ".venv-vllm")
+VLLM = Contender(f"vLLM {_VLLM_DTYPE}", ".venv-vllm")
 FASTAPI = Contender("sentence-transformers + FastAPI", ".venv-fastapi", encoding="float")
 PEERS = (INFINITY, VLLM, FASTAPI)
 
@@ -109,7 +117,7 @@ def running(
                 "--port",
                 str(port),
                 "--dtype",
-                "bfloat16",
+                _VLLM_DTYPE,
                 "--served-model-name",
                 "bench",
             ]

@@ -36,6 +36,7 @@ from export.prove import prove_bundle
 from export.synth import default_tokenizer, write_checkpoint
 from runtime.bundle import open_bundle
 from runtime.embedder import Embedder, open_embedder
+from runtime.errors import InputError
 from runtime.tokenizer import Instruction, Truncate
 
 MINI = Path(__file__).resolve().parents[1] / "checkpoints" / "mini"
@@ -95,9 +96,21 @@ class Load:
 
 
 def measure(
-    size: str, bundle: Path | None, checkpoint: Path | None, engine: str, work: Path, load: Load = Load()
+    size: str,
+    bundle: Path | None,
+    checkpoint: Path | None,
+    engine: str,
+    work: Path,
+    load: Load = Load(),
+    leave_out: Sequence[str] = (),
 ) -> Result:
-    """Measure all servers. Peers that are not there are named with the reason."""
+    """Measure all servers but those peers. Peers that are not there are named with the reason.
+
+    Raises InputError for a peer that does not exist.
+    """
+    peers = [contender.peer for contender in PEERS]
+    if unknown := [name for name in leave_out if name not in peers]:
+        raise InputError(f"there is no peer {unknown[0]!r}.", cure=f"Leave out some of: {', '.join(peers)}.")
     checkpoint, bundle = _prepare(size, checkpoint, bundle, engine, work)
     embedder = open_embedder(open_bundle(bundle), engine)
     raw = RawEngine(embedder, mixed_texts(embedder), load.seconds, load.per_request)
@@ -106,7 +119,7 @@ def measure(
     for contender in (GRPC, HTTP, *PEERS):
         result = Measured(contender.name)
         measured.append(result)
-        reason = contender.not_there()
+        reason = "left out" if contender.peer in leave_out else contender.not_there()
         if reason is not None:
             result.problem = reason
             continue
@@ -119,7 +132,7 @@ def measure(
             result.problem = f"{error}{known}"
         _say(f"{contender.name}: {result.problem or _summary(result)}")
     embedder.close()
-    return _result(size, engine, load, raw, measured)
+    return _result(size, _command(size, engine, load, leave_out), engine, load, raw, measured)
 
 
 def mixed_texts(embedder: Embedder) -> list[str]:
@@ -213,7 +226,7 @@ def _summary(result: Measured) -> str:
     return f"{phases}; at saturation {result.capacity:.0f}, {_percent(median(result.of_raw))} of the raw engine"
 
 
-def _result(size: str, engine: str, load: Load, raw: RawEngine, measured: Sequence[Measured]) -> Result:
+def _result(size: str, command: str, engine: str, load: Load, raw: RawEngine, measured: Sequence[Measured]) -> Result:
     rows: list[list[str]] = []
     data: list[dict[str, object]] = []
     notes: list[str] = []
@@ -238,7 +251,7 @@ def _result(size: str, engine: str, load: Load, raw: RawEngine, measured: Sequen
     return Result(
         name=f"serving-{size}",
         title=f"Serving under load, {size} checkpoint on CPU, {engine}",
-        command=_command(size, engine, load),
+        command=command,
         columns=[
             *("server", "load", "texts/s", "tokens/s", "of its capacity", "p50 ms", "p99 ms", "p99 to that at 0.8x"),
             *("after the onset", "refused", "refusals' p50 ms", "p99 ms", "failed"),
@@ -267,11 +280,12 @@ def _result(size: str, engine: str, load: Load, raw: RawEngine, measured: Sequen
     )
 
 
-def _command(size: str, engine: str, load: Load) -> str:
+def _command(size: str, engine: str, load: Load, leave_out: Sequence[str]) -> str:
     command = f"python -m bench serving --size {size} --engine {engine} --seconds {load.seconds:g}"
     command += f" --per-request {load.per_request}"
     command += f" --callers {load.callers}" if load.callers else ""
-    return command + (f" --limit {load.limit_s:g}" if load.limit_s else "")
+    command += f" --limit {load.limit_s:g}" if load.limit_s else ""
+    return command + (f" --leave-out {','.join(leave_out)}" if leave_out else "")
 
 
 def _rows(one: Measured) -> list[list[str]]:

@@ -5,6 +5,10 @@ A batch costs rows x width, so items of similar length go together. Whose turn i
 items up to and including this one, and the smallest tag is served next. Virtual time is the tag last served. A short
 request so passes what is left of a long one and waits for a fair share only; requests of one size are served in order;
 nothing starves, since virtual time moves on.
+
+A request's first item counts for no more than a request of the mean size. A single long text would else be passed by
+every short one that comes while others wait, as if the engine could compute it in turns with them: in overload it took
+as many times its own time as requests were waiting.
 """
 
 from __future__ import annotations
@@ -214,9 +218,13 @@ class FairQueue:
     def wait_ms(self, own_tokens: int) -> float:
         """Return how long a request of so many tokens would wait for others.
 
-        While it is served, no other request gets more tokens than it does, so a long one counts as its equal.
+        Ahead of it are the items whose tags come before that of its last one.
         """
-        ahead = sum(min(other.waiting_tokens, own_tokens) for _, _, other in self._heap if other.open)
+        last, ahead = self._virtual + own_tokens, 0.0
+        for tag, _, other in self._heap:
+            if other.open and tag <= last:
+                first = other.lengths[other.order[0]]
+                ahead += first + min(other.waiting_tokens - first, last - tag)
         return self.cost.fixed_ms * -(-ahead // self.budget) + self.cost.token_ms * ahead
 
     def admit(self, ticket: Ticket, now_s: float, *, bounded: bool = True) -> None:
@@ -235,7 +243,7 @@ class FairQueue:
         self._tickets += 1
         self.tokens += tokens
         self.items += count
-        self._push(ticket, self._virtual)
+        self._push(ticket, self._virtual + min(ticket.lengths[ticket.order[0]], self._mean_tokens))
 
     def _check_room(self, ticket: Ticket, count: int, tokens: int, now_s: float) -> None:
         self._learn_size(tokens)
@@ -362,14 +370,14 @@ class FairQueue:
         self.items -= len(indices)
         if ticket.order:
             # The tag was that of its first item; what was served besides counts as well.
-            self._push(ticket, ticket.tag + served - first)
+            self._push(ticket, ticket.tag + served - first + ticket.lengths[ticket.order[0]])
         else:
             ticket.open = False
             self._tickets -= 1
             self._overload.done_with()
 
-    def _push(self, ticket: Ticket, start: float) -> None:
-        ticket.tag = start + ticket.lengths[ticket.order[0]]
+    def _push(self, ticket: Ticket, tag: float) -> None:
+        ticket.tag = tag
         heapq.heappush(self._heap, (ticket.tag, ticket.number, ticket))
 
     def _close(self, ticket: Ticket) -> None:

@@ -14,11 +14,12 @@ import pytest
 
 from bench.load import FAILED, LEAST_REQUESTS, OK, REFUSED, Answer, Outcomes, Request, closed_loop, open_loop
 from bench.raw_engine import RawEngine
-from bench.servers import Running
+from bench.servers import PEERS, Running
 from bench.serving import Load, Measured, measure, mixed_texts
 from bench.soak import measure as soak
 from runtime.bundle import Bundle
 from runtime.embedder import open_embedder
+from runtime.errors import InputError
 from runtime.tokenizer import Instruction, TokenizedText, Truncate
 from tests.serving_in_process import wait_until
 
@@ -129,15 +130,15 @@ def test_outcomes_are_told_apart() -> None:
 
 
 @pytest.mark.slow
-def test_a_short_run_of_our_own_server(
-    bundle: Bundle, mini: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("bench.serving.PEERS", ())
-    result = measure("mini", bundle.folder, mini, "onnxruntime:fp32", tmp_path, Load(0.5, 4))
+def test_a_short_run_of_our_own_server(bundle: Bundle, mini: Path, tmp_path: Path) -> None:
+    peers = [peer.peer for peer in PEERS]
+    result = measure("mini", bundle.folder, mini, "onnxruntime:fp32", tmp_path, Load(0.5, 4), peers)
+    assert result.command.endswith(" --leave-out infinity,vllm,fastapi")
     servers = result.data["servers"]
     assert isinstance(servers, list)
-    for server in servers:
-        assert server["server"] in ("f2rt gRPC", "f2rt HTTP")
+    assert [server["server"] for server in servers[:2]] == ["f2rt gRPC", "f2rt HTTP"]
+    assert [server["problem"] for server in servers[2:]] == ["left out"] * len(peers)
+    for server in servers[:2]:
         assert set(server) >= {"alone", "saturated", "0.8x", "2x", "10x", "padding_waste", "of_raw"}
         assert [phase["failed"] for phase in (server["alone"], *server["saturated"])] == [0] * 5
         assert set(server["goodput"]) == {"0.8x", "2x", "10x"}
@@ -147,6 +148,12 @@ def test_a_short_run_of_our_own_server(
         *("alone", "saturated 1", "0.8x", "saturated 2", "2x", "saturated 3", "10x", "saturated 4")
     ]
     assert len(result.rows) == 16
+
+
+def test_a_peer_that_does_not_exist_cannot_be_left_out(bundle: Bundle, mini: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="there is no peer 'vlm'") as caught:
+        measure("mini", bundle.folder, mini, "onnxruntime:fp32", tmp_path, leave_out=["vlm"])
+    assert "infinity, vllm, fastapi" in caught.value.cure
 
 
 def test_a_phase_is_set_against_the_turns_on_either_side() -> None:

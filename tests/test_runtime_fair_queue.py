@@ -179,6 +179,40 @@ def test_padding_of_mixed_lengths_is_below_a_tenth(preset: str, cost: tuple[floa
     assert 1 - real / padded < 0.10
 
 
+def test_a_long_text_is_passed_by_few_short_ones_that_come_later() -> None:
+    """In overload it would else take as many times its own time as requests are waiting."""
+    waiting = queue(Limits(max_batch_rows=1))
+    for _ in range(50):  # what is usual
+        waiting.admit(Ticket([64]), 0)
+        waiting.next_batch(0)
+    for _ in range(3):
+        waiting.admit(Ticket([64]), 0)
+    long, passed = Ticket([512]), 0
+    waiting.admit(long, 0)
+    while long.open:
+        waiting.next_batch(0)
+        waiting.admit(Ticket([64]), 0)
+        passed += 1
+    assert passed <= 8
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=12), st.integers(0, 11), st.integers(1, 300))
+def test_the_wait_of_a_text_is_what_is_served_before_it(others: list[int], served: int, own: int) -> None:
+    waiting = queue(Limits(max_batch_rows=1), known(0.0, 1.0))
+    for length in others:
+        waiting.admit(Ticket([length]), 0)
+    for _ in range(served):
+        waiting.next_batch(0)
+    own = min(own, *others)  # of one above the mean only the most is known
+    ticket = Ticket([own])
+    foreseen_ms = waiting.wait_ms(own)
+    waiting.admit(ticket, 0)
+    ahead = 0
+    while ticket.open and (planned := waiting.next_batch(0)) is not None:
+        ahead += planned.tokens
+    assert foreseen_ms == pytest.approx(ahead - own)
+
+
 def test_padding_is_bought_only_where_it_costs_less_than_a_batch() -> None:
     """A batch costs as much as 20 tokens: 100 and 81 tokens go together, 100 and 79 do not."""
     for other, batches in ((81, 1), (79, 2)):

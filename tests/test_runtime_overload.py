@@ -17,7 +17,7 @@ from tests.queues import drain, known, queue
 def test_a_request_whose_tokens_are_foreseen_is_refused_before_they_are_counted() -> None:
     waiting = queue(cost=known(0.0, 1.0), max_wait_ms=1000)
     waiting.check_door(0.0, tokens=10**6)  # nothing waits: it is as long as it is
-    waiting.admit(Ticket([950]), 0.0)
+    waiting.admit(Ticket([50] * 19), 0.0)
     with pytest.raises(OverloadedError, match=r"the wait is 950 ms; the limit is 900 ms"):
         waiting.check_door(0.0, tokens=2000)
     waiting.check_door(0.0, tokens=100)  # a shorter one waits for its share only

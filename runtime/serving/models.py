@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from runtime.errors import DeadlineError, F2rtError, NotFoundError, status_of
+from runtime.errors import F2rtError, NotFoundError, status_of
 from runtime.serving.call import EmbedCall, EmbedReply
 from runtime.serving.job import Job
 from runtime.serving.metrics import Metrics
@@ -62,18 +61,10 @@ class Models:
             return record.reply
 
     async def embed(self, call: EmbedCall, protocol: str) -> EmbedReply:
-        """Answer one call, count it and log it; drop it at its deadline. Raises as `Model.embed`."""
+        """Answer one call, count it and log it. Raises as `Model.embed`."""
         with self._recorded(call, protocol) as record:
             record.model = self.get(call.model)
-            left_s = None if call.deadline_s is None else max(call.deadline_s - time.perf_counter(), 0.0)
-            try:
-                # The queue refuses what it knows to come too late; an engine that is busy for longer is not asked.
-                async with asyncio.timeout(left_s):
-                    record.reply = await record.model.embed(call)
-            except TimeoutError as error:
-                raise DeadlineError(
-                    "the deadline passed before the answer was ready.", cure="Allow more time."
-                ) from error
+            record.reply = await record.model.embed(call)
             return record.reply
 
     @contextlib.contextmanager

@@ -36,6 +36,11 @@ _WORKERS = 2  # threads that tokenize for coroutines
 Result = TypeVar("Result")
 
 
+def _left_s(call: EmbedCall) -> float | None:
+    """Return the time until a call's deadline, 0 when it has passed; None without one."""
+    return None if call.deadline_s is None else max(call.deadline_s - time.perf_counter(), 0.0)
+
+
 class Pipeline:
     """Answers calls with one embedder. Its coroutines belong to the event loop it was made in."""
 
@@ -106,7 +111,7 @@ class Pipeline:
                 self._idle.clear()
 
     def answer(self, call: EmbedCall, begun: Callable[[Job], None] = lambda job: None) -> EmbedReply:
-        """Answer one call on this thread; `begun` is given what `abandon` takes.
+        """Answer one call on this thread, by its deadline if it has one; `begun` is given what `abandon` takes.
 
         Raises InputError, NotFoundError, OverloadedError, DeadlineError or EngineError; UnavailableError when it was
         abandoned.
@@ -120,7 +125,10 @@ class Pipeline:
             pass
         if self._admit(job):
             self._lead(job)
-        ended.acquire()
+        left_s = _left_s(call)
+        if not ended.acquire(timeout=-1 if left_s is None else min(left_s, threading.TIMEOUT_MAX)):
+            self._too_late(job)
+            ended.acquire()  # whoever ended it may not have said how yet
         return self._reply(job)
 
     def tokenize(
@@ -145,7 +153,7 @@ class Pipeline:
     # --- for coroutines
 
     async def embed(self, call: EmbedCall) -> EmbedReply:
-        """Answer one call. Raises as `answer`; cancelled, it drops what is not computed yet."""
+        """Answer one call, as `answer` does; cancelled, it drops what is not computed yet."""
         self._check(call)
         job = await self._finished(lambda ended: Job(call, ended), self._tokenize_in_turns)
         return self._reply(job)
@@ -210,7 +218,11 @@ class Pipeline:
         job = make(lambda: self._call_soon(event.set))
         self._inbox.put(lambda: self._guarded(job, work))
         try:
-            await event.wait()
+            async with asyncio.timeout(_left_s(job.call)):
+                await event.wait()
+        except TimeoutError:
+            self._too_late(job)
+            await event.wait()  # whoever ended it may not have said how yet
         except asyncio.CancelledError:
             self.abandon(job)
             raise
@@ -233,6 +245,11 @@ class Pipeline:
         """Refuse one too many of those that wait, run, or are tokenized or refused just now: each has a thread."""
         if self._open > self._most_open:
             self._queue.refuse(f"{self._open - 1} requests are at work; the limit is {self._most_open}")
+
+    def _too_late(self, job: Job) -> None:
+        """End a request whose deadline has passed, whatever the engine is busy with, and drop what waits of it."""
+        job.end(DeadlineError("the deadline passed before the answer was ready.", cure="Allow more time."))
+        self.abandon(job)
 
     def _reply(self, job: Job) -> EmbedReply:
         if job.error is not None:
