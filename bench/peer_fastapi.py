@@ -1,4 +1,6 @@
-"""A plain embedding server as many teams write it: sentence-transformers behind FastAPI. peer_fastapi.py MODEL PORT.
+"""A plain embedding server as many teams write it: sentence-transformers behind FastAPI.
+
+    peer_fastapi.py MODEL PORT DTYPE
 
 Runs in the environment that `make serve-peers` creates, and imports nothing of this project. Requests are answered as
 OpenAI's API does, on FastAPI's own pool of threads; texts are used as they come, without a prompt.
@@ -12,7 +14,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from sentence_transformers import SentenceTransformer
 
-model = SentenceTransformer(sys.argv[1], device="cpu")
+model = SentenceTransformer(sys.argv[1], device="cpu", model_kwargs={"dtype": sys.argv[3]})
 app = FastAPI()
 
 

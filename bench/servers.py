@@ -22,8 +22,9 @@ _ROOT = Path(__file__).resolve().parents[1]
 _COMMAND = [sys.executable, "-c", "from export.cli import main; main()"]
 START_S = 300.0
 _PINS = ("PYTHON", "VIRTUAL_ENV", "F2RT_")
-# A CPU that does not multiply bfloat16 emulates it, many times as slowly as float32.
-_VLLM_DTYPE = "bfloat16" if cpu_extensions() & {"avx512_bf16", "amx_bf16"} else "float32"
+# Checkpoints are in bfloat16, and so is a peer that is not told otherwise; a CPU that does not multiply it emulates it,
+# many times as slowly as float32.
+PEER_DTYPE = "bfloat16" if cpu_extensions() & {"avx512_bf16", "amx_bf16"} else "float32"
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Contender:
 GRPC = Contender("f2rt gRPC", protocol="grpc")
 HTTP = Contender("f2rt HTTP")
 INFINITY = Contender("infinity", ".venv-infinity", encoding="float")
-VLLM = Contender(f"vLLM {_VLLM_DTYPE}", ".venv-vllm")
+VLLM = Contender("vLLM", ".venv-vllm")
 FASTAPI = Contender("sentence-transformers + FastAPI", ".venv-fastapi", encoding="float")
 PEERS = (INFINITY, VLLM, FASTAPI)
 
@@ -105,7 +106,7 @@ def running(
                 "torch",
             ]
             command += ["--device", "cpu", "--port", str(port), "--host", "127.0.0.1", "--no-bettertransformer"]
-            command += ["--served-model-name", "bench", "--url-prefix", "/v1", "--dtype", "float32"]
+            command += ["--served-model-name", "bench", "--url-prefix", "/v1", "--dtype", PEER_DTYPE]
             command += ["--no-model-warmup"]  # it measures long batches, for minutes; all servers are warmed alike
             model = "bench"
             environment["INFINITY_ANONYMOUS_USAGE_STATS"] = "0"
@@ -117,14 +118,14 @@ def running(
                 "--port",
                 str(port),
                 "--dtype",
-                _VLLM_DTYPE,
+                PEER_DTYPE,
                 "--served-model-name",
                 "bench",
             ]
             environment |= {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_NO_USAGE_STATS": "1"}
             model = "bench"
         else:
-            command = [python, "-P", str(_ROOT / "bench" / "peer_fastapi.py"), model, str(port)]
+            command = [python, "-P", str(_ROOT / "bench" / "peer_fastapi.py"), model, str(port), PEER_DTYPE]
     with log.open("wb") as out:
         process = subprocess.Popen(command, cwd=_ROOT, env=environment, stdout=out, stderr=out, start_new_session=True)
     try:

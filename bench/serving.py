@@ -26,7 +26,7 @@ from bench.inputs import private_cache, short_texts
 from bench.load import LEAST_REQUESTS, SETTLED_S, Outcomes, closed_loop, open_loop
 from bench.raw_engine import RawEngine
 from bench.report import Result, median, percentile
-from bench.servers import GRPC, HTTP, PEERS, START_S, Contender, Running, running
+from bench.servers import GRPC, HTTP, PEER_DTYPE, PEERS, START_S, Contender, Running, running
 from calibration.texts import verification_texts
 from export.checkpoint import Checkpoint
 from export.hub import locate
@@ -265,12 +265,14 @@ def _result(size: str, command: str, engine: str, load: Load, raw: RawEngine, me
             f"after the onset: the same ratio for requests due {SETTLED_S:g} s or more into the phase",
             "the raw engine, in process, sorted by length, best of seven batch sizes, a turn before each saturated "
             f"one: {min(everything, default=0):.0f} to {max(everything, default=0):.0f} tokens/s, as the machine was",
+            f"the peers compute in {PEER_DTYPE}: bfloat16 where the CPU multiplies it, else float32",
             "ratios are of tokens/s, without padding: in overload short requests find room more often than long ones",
             *notes,
         ],
         data={
             "size": size,
             "engine": engine,
+            "peer_dtype": PEER_DTYPE,
             "texts_per_request": load.per_request,
             "callers": load.concurrent,
             "texts": len(raw.texts),
