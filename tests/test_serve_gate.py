@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from runtime import golden
 from runtime.bundle import Bundle, open_bundle, record_file, write_manifest
@@ -25,6 +26,7 @@ from runtime.errors import BundleError, EngineError, InputError
 from runtime.gate import Gate
 from runtime.policy import Policy, read_policy, to_toml
 from runtime.serving import watch
+from runtime.tokenizer import TokenizedText
 from runtime.tolerances import TOLERANCES
 from tests.bundles import edit_engines, edit_verdicts, without_golden
 from tests.serving import START_S, ServerProcess, f2rt
@@ -212,14 +214,20 @@ def test_a_reload_reads_the_policy_again_and_keeps_the_old_engine(bundle_copy: B
 # --- poison requests
 
 
-def test_poison_requests_do_not_keep_the_engine_busy_with_golden_texts(embedder: Embedder) -> None:
+def test_poison_requests_do_not_keep_the_engine_busy_with_golden_texts(
+    embedder: Embedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine, own = held(embedder, permits=1_000_000)
     checks: list[int] = []
     with InProcess(own) as server, EmbeddingClient(server.grpc) as client:  # the period is endless here
-        pipeline = server.model.pipeline
-        run = pipeline.run
+        run = server.model.pipeline.run
+
+        async def counted(items: list[TokenizedText]) -> NDArray[np.float32]:
+            checks.append(len(items))
+            return await run(items)
+
         # Not the engine's rows: those that shared a batch with one that failed run once more.
-        pipeline.run = lambda items: checks.append(len(items)) or run(items)  # type: ignore[method-assign]
+        monkeypatch.setattr(server.model.pipeline, "run", counted)
         engine.fault, engine.fault_for = EngineError("not this one.", cure="Another."), 777
         begun_s, asked = time.monotonic(), 0
         while time.monotonic() - begun_s < 1.5 or asked < 10:
