@@ -218,8 +218,8 @@ class FairQueue:
     def wait_ms(self, own_tokens: int) -> float:
         """Return how long a request of so many tokens would wait for others.
 
-        Ahead of it are the items whose tags come before that of its last one. Of a single text above the mean size it is
-        the most that it can be: its tag is lower than its tokens say.
+        Ahead of it are the items whose tags come before that of its last one. For a single text above the mean size
+        this is an upper bound: its tag is lower than its tokens say.
         """
         last, ahead = self._virtual + own_tokens, 0.0
         for tag, _, other in self._heap:
