@@ -19,6 +19,7 @@ from runtime.bundle import (
     engine_files,
     engine_fingerprint,
 )
+from runtime.cpu import has_fast_int8_products
 from runtime.engines import Engine
 from runtime.errors import F2rtError, InputError, MissingExtraError, NotExecutableError, UnverifiedError
 from runtime.gate import Gate, refusal
@@ -26,14 +27,11 @@ from runtime.policy import Policy
 from runtime.settings import EngineSettings
 from runtime.tokenizer import TextTokenizer
 
-# Fastest first. `auto` takes the first one that is in the bundle, can run here and has passed. On CPU the order is
-# measured: ONNX Runtime widens every float16 matrix there, exact, and slower than fp32. On CUDA it is measured, too
-# (bench/results/gpu.md): fp16 is the fastest from 128 tokens in a batch on, int8 faster than fp32 from 512 on. Of the
-# plans it is what the arithmetic suggests: `make gpu-check` measures it.
-SPEED_ORDER = [
+# Fastest first. On CUDA the order is measured (bench/results/gpu.md): fp16 is the fastest from 128 tokens in a batch,
+# int8 faster than fp32 from 512. Of the plans it is what the arithmetic suggests: `make gpu-check` measures it.
+_ON_GPU = [
     *(f"{backend}:{precision}" for precision in ("int8", "fp16", "bf16") for backend in ("tensorrt", "tensorrt-rtx")),
     *("onnxruntime-cuda:fp16", "onnxruntime-cuda:int8", "onnxruntime-cuda:fp32"),
-    *("onnxruntime:int8", "onnxruntime:fp32", "onnxruntime:fp16"),
 ]
 
 
@@ -77,7 +75,7 @@ def select(bundle: Bundle, name: str, unfit: Mapping[str, str] = {}, gate: Gate 
         return record, "asked for by name"
     if not bundle.manifest.engines:
         raise InputError(f"the bundle {bundle.folder} has no engine.", cure="Export the checkpoint again.")
-    rank = {engine: i for i, engine in enumerate(SPEED_ORDER)}
+    rank = {engine: i for i, engine in enumerate(_fastest_first())}
     candidates = sorted(bundle.manifest.engines, key=lambda e: rank.get(e.name, len(rank)))
     skipped: dict[str, str] = {}
     refused = []
@@ -117,6 +115,18 @@ def obstacle(record: EngineRecord) -> F2rtError | None:
     return NotExecutableError(
         f"this version of f2rt does not run {record.backend} engines.", cure="Choose another engine, or update f2rt."
     )
+
+
+def _fastest_first() -> list[str]:
+    """Return names of engines. `auto` takes the first that is in the bundle, can run here and has passed.
+
+    On CPU the order is measured, too: ONNX Runtime widens every float16 matrix there, exact, and slower than fp32; and
+    where int8 gains no time, fp32 has PyTorch's vectors more exactly for the same.
+    """
+    on_cpu = ["onnxruntime:int8", "onnxruntime:fp32", "onnxruntime:fp16"]
+    if not has_fast_int8_products():
+        on_cpu[:2] = reversed(on_cpu[:2])
+    return [*_ON_GPU, *on_cpu]
 
 
 def _named(bundle: Bundle, name: str) -> EngineRecord:

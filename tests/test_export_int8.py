@@ -324,13 +324,17 @@ def test_smoothing_alone_changes_nothing(made: Made, tmp_path: Path) -> None:
     assert np.abs(difference).max() <= 1e-6
 
 
-def test_auto_chooses_int8_once_it_has_passed(made: Made, tmp_path: Path) -> None:
+def test_auto_chooses_int8_once_it_has_passed_where_it_is_faster(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from export.prove import prove_bundle
 
     folder = Path(shutil.copytree(made["mini"].folder, tmp_path / "bundle"))
     report = prove_bundle(folder, [t for t in verification_texts() if len(t.text) < 200][::20])
     assert {e.engine: e.verdict for e in report.engines} == {"onnxruntime:fp32": "pass", "onnxruntime:int8": "pass"}
-    assert select(open_bundle(folder), "auto")[0].name == "onnxruntime:int8"
+    for fast, chosen in ((True, "onnxruntime:int8"), (False, "onnxruntime:fp32")):
+        monkeypatch.setattr("runtime.loader.has_fast_int8_products", lambda fast=fast: fast)
+        assert select(open_bundle(folder), "auto")[0].name == chosen
 
 
 def test_row_scales_are_float16_numbers_that_cut_nothing_off() -> None:

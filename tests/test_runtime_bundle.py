@@ -183,7 +183,8 @@ def test_unproven_engine_may_not_answer(
         assert "f2rt parity" in caught.value.cure
 
 
-def test_auto_passes_over_unproven_engines_and_says_so(bundle: Bundle) -> None:
+def test_auto_passes_over_unproven_engines_and_says_so(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.loader.has_fast_int8_products", lambda: True)
     good = bundle.manifest.engines[0]
     fast = replace(good, name="onnxruntime:int8", parity=None)
     record, why = select(with_engines(bundle, good, fast), "auto")

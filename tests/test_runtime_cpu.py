@@ -56,6 +56,25 @@ def test_products_are_rewritten_only_where_they_would_saturate(
     assert asked(exact=False) is False
 
 
+@pytest.mark.parametrize(
+    ("machine", "flags", "fast"),
+    [
+        ("x86_64", AVX2, False),
+        ("AMD64", AVX512, False),  # as Windows spells it
+        ("x86_64", None, False),
+        ("x86_64", f"{AVX512} avx512_vnni", True),
+        ("aarch64", "asimd asimddp", True),
+        ("arm64", None, True),
+    ],
+)
+def test_int8_is_expected_to_be_faster_than_fp32_but_on_x86_without_vnni(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, machine: str, flags: str | None, fast: bool
+) -> None:
+    on(monkeypatch, tmp_path, flags)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    assert cpu.has_fast_int8_products() is fast
+
+
 def asked(*, exact: bool) -> bool:
     try:
         return session_options(1, exact=exact).get_session_config_entry(EXACT) == "1"
