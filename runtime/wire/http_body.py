@@ -73,7 +73,8 @@ class Body:
         stream = request.stream()
         while True:
             try:
-                part = await asyncio.wait_for(anext(stream, None), _SILENCE_S)
+                async with asyncio.timeout(_SILENCE_S):  # cheaper than wait_for, which makes a task of each part
+                    part = await anext(stream, None)
             except TimeoutError as error:
                 raise HTTPException(408, f"the rest of the body did not come within {_SILENCE_S:g} s.") from error
             if part is None:
