@@ -6,8 +6,8 @@ import time
 from collections.abc import Sequence
 
 from bench.load import Request
+from runtime.batching import plan
 from runtime.embedder import Embedder
-from runtime.scheduler import plan
 from runtime.settings import Limits
 from runtime.tokenizer import Instruction, Truncate
 

@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.batch import Batch, make_batch
+from runtime.batching import plan
 from runtime.bundle import Bundle
 from runtime.errors import EngineError, InputError
 from runtime.gate import Gate
 from runtime.loader import LoadedEngine, load_engine
-from runtime.scheduler import plan
 from runtime.settings import EngineSettings, Limits
 from runtime.tokenizer import Instruction, TokenizedText, Truncate
 

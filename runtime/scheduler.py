@@ -1,10 +1,9 @@
-"""Which items share a batch, and whose turn it is: pure planning, no clock and no I/O. Times are given, in seconds.
+"""Whose turn it is, and who may wait: pure planning, no clock and no I/O. Times are given, in seconds.
 
-A batch costs rows x width, so items of similar length go together. Whose turn it is follows self-clocked fair queueing
-(Golestani, 1994): every item of a request gets a finish tag, the queue's virtual time plus the tokens of the request's
-items up to and including this one, and the smallest tag is served next. Virtual time is the tag last served. A short
-request so passes what is left of a long one and waits for a fair share only; requests of one size are served in order;
-nothing starves, since virtual time moves on.
+Whose turn it is follows self-clocked fair queueing (Golestani, 1994): every item of a request gets a finish tag, the
+queue's virtual time plus the tokens of the request's items up to and including this one, and the smallest tag is served
+next. Virtual time is the tag last served. A short request so passes what is left of a long one and waits for a fair
+share only; requests of one size are served in order; nothing starves, since virtual time moves on.
 
 A request's first item counts for no more than a request of the mean size. A single long text would else be passed by
 every short one that comes while others wait, as if the engine could compute it in turns with them: in overload it took
@@ -16,10 +15,11 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+from runtime.batching import Shape, fill, rectangle
 from runtime.cost import CostModel
 from runtime.errors import DeadlineError, InputError, OverloadedError
 from runtime.overload import Overload
@@ -33,34 +33,6 @@ _AT_THE_DOOR = 0.9  # of what may wait: a request whose tokens are only foreseen
 # for good: what is refused teaches nothing. Not more often than this, for a small part of its time only, and only what
 # an engine that became so many times as fast would answer in time.
 _PROBE_S, _PROBE_TIMES, _PROBE_FASTER = 0.2, 4.0, 10.0
-_WASTE = 0.04  # of a batch that padding may be in any case
-
-Shape = Callable[[int, int], int]
-"""Padded tokens that the engine computes for a batch of rows and width; rows x width unless it has fixed shapes."""
-
-
-def plan(lengths: Sequence[int], limits: Limits) -> list[list[int]]:
-    """Split items into batches; returns lists of item indices, each item exactly once.
-
-    No batch has more than `max_batch_rows` rows, or rows x longest > `max_batch_tokens`; an item longer than
-    that budget travels alone. Raises InputError for a length below 1.
-    """
-    batches: list[list[int]] = []
-    current: list[int] = []
-    # Descending: the first item of a batch is its width, so the cost of adding one more is known.
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if lengths[index] < 1:
-            raise InputError(f"item {index} has {lengths[index]} tokens.", cure="Every item needs at least one token.")
-        if current:
-            rows = len(current) + 1
-            too_many = rows > limits.max_batch_rows or rows * lengths[current[0]] > limits.max_batch_tokens
-            if too_many:
-                batches.append(current)
-                current = []
-        current.append(index)
-    if current:
-        batches.append(current)
-    return batches
 
 
 @dataclass(eq=False)
@@ -109,7 +81,7 @@ class FairQueue:
         limits: Limits,
         settings: SchedulingSettings,
         cost: CostModel | None = None,
-        shape: Shape = lambda rows, width: rows * width,
+        shape: Shape = rectangle,
     ) -> None:
         self.cost = cost or CostModel()
         self.expired: list[Ticket] = []
@@ -287,7 +259,9 @@ class FairQueue:
         candidates = self._candidates(now_s)
         if not candidates:
             return None
-        chosen = self._choose(candidates)
+        lengths = [ticket.lengths[index] for ticket, index in candidates]
+        together = fill(lengths, self.budget, self._limits.max_batch_rows, self.cost.break_even_tokens, self._shape)
+        chosen = [candidates[k] for k in together]
         self._virtual = max(self._virtual, candidates[0][0].tag)
         taken: dict[Ticket, list[int]] = {ticket: [] for ticket, _ in candidates}
         for ticket, index in chosen:
@@ -325,37 +299,6 @@ class FairQueue:
     def _least_ms(self, ticket: Ticket) -> float:
         """Return the time that what is left of a request takes when it has the engine to itself."""
         return self.cost.batch_ms(ticket.waiting_tokens) if self.cost.observations and not ticket.probe else 0.0
-
-    def _choose(self, candidates: list[tuple[Ticket, int]]) -> list[tuple[Ticket, int]]:
-        """Return the most efficient batch that has the first candidate in it.
-
-        Candidates sorted by length: for each width from the first one's own upwards, rows are added downwards while the
-        padding costs less than a batch of its own would. The best is the one with most real tokens for its cost.
-        """
-        sizes = [ticket.lengths[index] for ticket, index in candidates]
-        # Of equal lengths the first in turn stands last, where the rows of a batch begin: a batch that takes only some
-        # of them takes it.
-        order = sorted(range(len(candidates)), key=lambda k: (sizes[k], -k))
-        lengths = [sizes[k] for k in order]
-        head, budget, rows = order.index(0), self.budget, self._limits.max_batch_rows
-        spare = self.cost.break_even_tokens
-        best, best_score = (head, head), lengths[head] / (spare + self._shape(1, lengths[head]))
-        for top in range(head, len(order)):
-            width, real = lengths[top], 0
-            if top + 1 < len(order) and lengths[top + 1] == width:
-                continue  # the last of equal lengths takes in the others
-            for bottom in range(top, -1, -1):
-                count = top - bottom + 1
-                padded, computed = count * width, self._shape(count, width)
-                real += lengths[bottom]
-                too_large = count > 1 and (count > rows or computed > budget)
-                if too_large or padded - real > max(spare, _WASTE * padded):
-                    break
-                score = real / (spare + computed)
-                if bottom <= head and score >= best_score:  # of equals the larger one
-                    best, best_score = (bottom, top), score
-        bottom, top = best
-        return [candidates[k] for k in sorted(order[bottom : top + 1], key=lambda k: (sizes[k], k))]
 
     def _take(self, ticket: Ticket, indices: list[int]) -> None:
         """Count items of a ticket that was off the heap as served, and put it back where its next item stands."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from runtime.batching import Shape
 from runtime.cost import CostModel
-from runtime.scheduler import FairQueue, Planned, Shape
+from runtime.scheduler import FairQueue, Planned
 from runtime.settings import Limits, SchedulingSettings
 
 

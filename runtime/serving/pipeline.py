@@ -19,10 +19,11 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.batching import Shape
 from runtime.embedder import Embedder
 from runtime.engines.buckets import computed_tokens
 from runtime.errors import DeadlineError, EngineError, F2rtError, UnavailableError
-from runtime.scheduler import FairQueue, Planned, Shape, Ticket
+from runtime.scheduler import FairQueue, Planned, Ticket
 from runtime.serving.batches import Batches, Rows
 from runtime.serving.call import EmbedCall, EmbedReply
 from runtime.serving.job import Job

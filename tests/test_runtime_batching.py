@@ -8,11 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runtime.batching import fill, plan
 from runtime.errors import InputError
-from runtime.scheduler import plan
 from runtime.settings import Limits
 
 LENGTHS = st.lists(st.integers(1, 200), max_size=60)
+SIMILAR = st.sampled_from([1, 20, 150]).flatmap(
+    lambda least: st.lists(st.integers(least, 200), min_size=1, max_size=40)
+)
 LIMITS = st.builds(Limits, max_batch_tokens=st.integers(1, 400), max_batch_rows=st.integers(1, 12))
 
 
@@ -88,3 +91,47 @@ def test_item_without_tokens_is_refused(length: int) -> None:
 def test_limit_below_one_is_refused(name: str) -> None:
     with pytest.raises(InputError, match=f"{name} is 0; it must be at least 1"):
         Limits(**{name: 0})
+
+
+@given(SIMILAR, st.integers(1, 8000), st.integers(1, 40), st.floats(0.1, 100))
+def test_a_batch_has_the_first_item_and_keeps_within_its_limits(
+    lengths: list[int], tokens: int, rows: int, break_even: float
+) -> None:
+    batch = fill(lengths, tokens, rows, break_even)
+    assert 0 in batch
+    assert len(set(batch)) == len(batch)
+    found = [lengths[k] for k in batch]
+    assert found == sorted(found)
+    if len(batch) > 1:
+        assert len(batch) <= rows
+        assert len(batch) * found[-1] <= tokens
+        padding = len(batch) * found[-1] - sum(found)
+        assert padding <= max(break_even, 0.04 * len(batch) * found[-1])
+
+
+@given(SIMILAR, st.integers(1, 8000), st.integers(1, 40), st.floats(0.1, 100))
+def test_no_run_of_similar_lengths_would_do_more_for_its_cost(
+    lengths: list[int], tokens: int, rows: int, break_even: float
+) -> None:
+    """Beside the batch that is chosen stand all runs of sorted items that leave out none of a length in between."""
+
+    def worth(run: list[int]) -> float:
+        return sum(run) / (break_even + len(run) * run[-1])
+
+    batch = fill(lengths, tokens, rows, break_even)
+    ascending, chosen = sorted(lengths), worth([lengths[k] for k in batch])
+    for first, last in itertools.combinations(range(len(ascending) + 1), 2):
+        run = ascending[first:last]
+        if not run[0] <= lengths[0] <= run[-1] or (last < len(ascending) and ascending[last] == run[-1]):
+            continue
+        fits = all(
+            len(part) == 1 or (len(part) <= rows and len(part) * run[-1] <= tokens)
+            for part in (run[k:] for k in range(len(run)))
+        )
+        pads = max((len(run) - k) * run[-1] - sum(run[k:]) for k in range(len(run)))
+        if fits and pads <= break_even:
+            assert worth(run) <= chosen + 1e-9
+
+
+def test_of_equal_lengths_the_first_in_turn_are_taken() -> None:
+    assert fill([50, 50, 50, 50], 100, 8, 10.0) == [0, 1]
