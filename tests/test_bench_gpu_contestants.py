@@ -120,6 +120,7 @@ def test_compiled_torch_gives_the_same(mini: Path) -> None:
 # --- the engines' side, with the CPU's engine in the place of the GPU's
 
 
+@pytest.mark.slow
 def test_engine_is_built_run_timed_and_proven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Really exported and compiled, for a GPU that is not here; what runs is ONNX Runtime on the same graph."""
     monkeypatch.setenv("F2RT_CACHE", str(tmp_path / "cache"))

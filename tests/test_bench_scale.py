@@ -37,6 +37,7 @@ def table(results: Path) -> dict[str, str]:
     return {row[0]: row[5] for row in cells}
 
 
+@pytest.mark.slow
 def test_every_step_has_time_and_memory(tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     found = run(tmp_path)

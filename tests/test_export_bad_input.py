@@ -254,7 +254,12 @@ def mini_bundle(narrow: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("label", "at"),
-    [("hash source", "end"), ("write the fp32 graph", "end"), ("probe: embed_tokens", "1"), ("probe: layer 0", "1")],
+    [
+        ("hash source", "end"),
+        pytest.param("write the fp32 graph", "end", marks=pytest.mark.slow),
+        pytest.param("probe: embed_tokens", "1", marks=pytest.mark.slow),
+        ("probe: layer 0", "1"),
+    ],
     ids=["before writing", "before the probe", "in the probe", "in a layer"],
 )
 def test_memory_runs_out_during_export(

@@ -92,6 +92,7 @@ def test_builders_say_what_to_do_instead(checkpoint: Checkpoint, stock: Stock, t
     assert (bundle.folder / "manifest.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_half_graph_is_compiled_when_all_of_it_is_half(checkpoint: Checkpoint, stock: Stock, tmp_path: Path) -> None:
     """What comes out is unproven as any engine; one matrix product in float32 and the builder refuses."""
     given = half(stock("legacy"), tmp_path / "half")

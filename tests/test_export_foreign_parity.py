@@ -37,7 +37,7 @@ def report_of(bundle: Bundle, reference: Reference, texts: Sequence[Text]) -> En
 
 @pytest.mark.parametrize(
     ("kind", "generated"),
-    [("dynamic", 0), ("legacy", 1), ("past", 8)],
+    [("dynamic", 0), ("legacy", 1), pytest.param("past", 8, marks=pytest.mark.slow)],
     ids=["default export", "with position_ids", "with a past"],
 )
 def test_parity_proves_it(

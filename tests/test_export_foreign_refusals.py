@@ -243,6 +243,7 @@ def test_graph_that_cannot_be_used(
     assert words in refused(checkpoint, given, tmp_path).message
 
 
+@pytest.mark.slow
 def test_fixed_shape(checkpoint: Checkpoint, stock: Stock, tmp_path: Path) -> None:
     error = refused(checkpoint, stock("fixed"), tmp_path)
     assert "was exported for batch 2 and sequence 16 only" in error.message
@@ -258,6 +259,7 @@ def test_fixed_shape(checkpoint: Checkpoint, stock: Stock, tmp_path: Path) -> No
     assert "a size was fixed inside" in error.message
 
 
+@pytest.mark.slow
 def test_past_of_another_model(checkpoint: Checkpoint, stock: Stock, tmp_path: Path) -> None:
     def more_heads(model: ir.Model) -> None:
         next(v for v in model.graph.inputs if v.name == "past_key_values.2.key").shape = ir.Shape(["b", 8, "p", 128])
@@ -267,6 +269,7 @@ def test_past_of_another_model(checkpoint: Checkpoint, stock: Stock, tmp_path: P
     assert "float [batch, 2, past, 128]" in error.message
 
 
+@pytest.mark.slow
 def test_text_generation_with_a_past(checkpoint: Checkpoint, stock: Stock, tmp_path: Path) -> None:
     def scores(model: ir.Model) -> None:
         hidden, *present = model.graph.outputs

@@ -122,7 +122,7 @@ def test_quality_on_the_whole_verification_split(made_of_all: Made, name: str) -
     check_quality(made_of_all[name], "graphs/int8-uint8.onnx", step=1)
 
 
-@pytest.mark.parametrize("name", ["mini", "hard", "everything"])
+@pytest.mark.parametrize("name", ["mini", "hard", pytest.param("everything", marks=pytest.mark.slow)])
 def test_quality_on_part_of_the_verification_split(made: Made, name: str) -> None:
     check_quality(made[name], "graphs/int8-uint8.onnx", step=8)
 

@@ -180,6 +180,7 @@ def test_first_export_of_three_precisions(tmp_path: Path, texts: Path, cache: st
     assert [p.name for p in (tmp_path / "b").iterdir()] == ["x"]
 
 
+@pytest.mark.slow
 def test_export_over_a_proven_bundle(tmp_path: Path, texts: Path) -> None:
     tiny = write_tiny(tmp_path / "tiny")
     (tmp_path / "old.jsonl").write_bytes(write_lines(TEXTS[:4]))
@@ -202,6 +203,7 @@ def narrow(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
+@pytest.mark.slow
 def test_build_over_an_older_engine(narrow: Path, tmp_path: Path) -> None:
     template = Path(shutil.copytree(narrow, tmp_path / "template"))
     build = ["build", str(template), "--backend", "tensorrt-rtx", "--target", "sm89", "--profile", "1x32"]
