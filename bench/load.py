@@ -57,12 +57,13 @@ class Outcomes:
     `texts` and `tokens` are of what was answered. Rates are compared by tokens: a phase sees some of the texts more
     often than others, and in overload short requests find room more often than long ones.
 
-    `late_ms` is how late the generator itself was, which is in the times of the open loop. `settled_ms` are those of
-    `ok_ms` that were due `SETTLED_S` or more after the phase began: what fills the queue at
-    the onset of overload is behind them.
+    `late_ms` is how late the generator itself was, which is in the times of the open loop, and `generator_cores` how
+    many cores it kept busy, which a server on the same machine did not have. `settled_ms` are those of `ok_ms` that
+    were due `SETTLED_S` or more after the phase began: what fills the queue at the onset of overload is behind them.
     """
 
     seconds: float = 0.0
+    generator_cores: float = 0.0
     texts: int = 0
     tokens: int = 0
     ok_ms: list[float] = field(default_factory=list)
@@ -97,7 +98,7 @@ class Outcomes:
     def as_data(self) -> dict[str, float]:
         """Return the numbers; what has no value is left out."""
         data: dict[str, float] = {"texts_per_s": self.texts_per_s, "tokens_per_s": self.tokens_per_s}
-        data |= {"ok": len(self.ok_ms), "failed": self.failed}
+        data |= {"ok": len(self.ok_ms), "failed": self.failed, "generator_cores": self.generator_cores}
         data["refused"] = len(self.refused_ms)
         all_times = {"ok": self.ok_ms, "settled": self.settled_ms, "refused": self.refused_ms, "late": self.late_ms}
         for name, times in all_times.items():
@@ -124,9 +125,10 @@ async def closed_loop(ask: Ask, requests: Sequence[Request], callers: int, secon
             if outcome.kind == REFUSED.kind:
                 await asyncio.sleep(min(outcome.retry_after_s, max(end - time.perf_counter(), 0)))
 
-    start = time.perf_counter()
+    start, used_s = time.perf_counter(), time.process_time()
     await asyncio.gather(*(call(number) for number in range(callers)))
     outcomes.seconds = time.perf_counter() - start
+    outcomes.generator_cores = (time.process_time() - used_s) / outcomes.seconds
     return outcomes
 
 
@@ -138,7 +140,7 @@ async def open_loop(ask: Ask, requests: Sequence[Request], per_second: float, se
     outcomes, tasks = Outcomes(), set[asyncio.Task[None]]()
     count = max(round(per_second * seconds), LEAST_REQUESTS)
     seconds, chance = count / per_second, random.Random(7)
-    start = time.perf_counter() + 0.05
+    start, used_s = time.perf_counter() + 0.05, time.process_time()
 
     async def send(request: Request, due_s: float) -> None:
         outcomes.late_ms.append(1e3 * (time.perf_counter() - due_s))
@@ -158,6 +160,7 @@ async def open_loop(ask: Ask, requests: Sequence[Request], per_second: float, se
     while tasks:
         await asyncio.wait(tasks)
     outcomes.seconds = max(time.perf_counter() - start, seconds)
+    outcomes.generator_cores = (time.process_time() - used_s) / outcomes.seconds
     return outcomes
 
 

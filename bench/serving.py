@@ -35,6 +35,7 @@ from export.precision import Precision
 from export.prove import prove_bundle
 from export.synth import default_tokenizer, write_checkpoint
 from runtime.bundle import open_bundle
+from runtime.cores import usable_cores
 from runtime.embedder import Embedder, open_embedder
 from runtime.errors import InputError
 from runtime.tokenizer import Instruction, Truncate
@@ -240,6 +241,9 @@ def _result(size: str, command: str, engine: str, load: Load, raw: RawEngine, me
         more = f", {100 * one.waste:.1f} % of its tokens were padding" if one.waste is not None else ""
         late = [ms for phase in one.phases.values() for ms in phase.late_ms]
         more += f"; the generator sent its requests up to {percentile(late, 99):.1f} ms late (p99)"
+        taken = {name: phase.generator_cores / usable_cores() for name, phase in one.phases.items()}
+        busiest = max(taken, key=lambda name: taken[name])
+        more += f" and took up to {_percent(taken[busiest])} of the cores (at {busiest})"
         if not measured[0].problem and one is not measured[0]:
             # Each to the raw engine of its own turns: what the machine did meanwhile is in neither.
             more += f"; f2rt gRPC does {median(measured[0].of_raw) / median(one.of_raw):.2f} times as much"

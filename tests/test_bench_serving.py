@@ -79,6 +79,25 @@ def test_the_open_loop_counts_from_when_a_request_was_due(monkeypatch: pytest.Mo
     assert 0 < len(outcomes.settled_ms) < len(outcomes.ok_ms), "those due after the onset"
 
 
+@pytest.mark.parametrize("busy", [False, True])
+def test_the_generators_own_share_of_the_cores_is_told(busy: bool) -> None:
+    """Of a server that stands still, and of one in the generator's own process that computes."""
+
+    async def ask(texts: Sequence[str]) -> Answer:
+        end_s = time.process_time() + 0.02
+        while busy and time.process_time() < end_s:
+            pass
+        await asyncio.sleep(0.02)
+        return OK
+
+    for outcomes in (
+        asyncio.run(open_loop(ask, REQUESTS, 20, 1.0)),
+        asyncio.run(closed_loop(ask, REQUESTS, 1, 0.5)),
+    ):
+        assert (outcomes.generator_cores > 0.15) is busy
+        assert outcomes.as_data()["generator_cores"] == outcomes.generator_cores > 0
+
+
 def test_a_slow_server_is_asked_often_enough() -> None:
     asked = 0
 
