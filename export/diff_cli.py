@@ -10,6 +10,7 @@ import typer
 
 from runtime import console
 from runtime.errors import InputError, missing_extra
+from runtime.serve_cli import KEY, TLS_CA, TLS_CERT, TLS_KEY
 
 
 def diff_command(
@@ -27,8 +28,10 @@ def diff_command(
     policy: Annotated[Path | None, typer.Option(help="A TOML file with other limits than the shipped ones.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     model: Annotated[str, typer.Option(help="Model of the server; its default without it.")] = "",
-    key: Annotated[str, typer.Option(help="API key.", envvar="F2RT_API_KEY", show_envvar=True)] = "",
-    tls_ca: Annotated[Path | None, typer.Option(help="Authority of the server's certificate, PEM.")] = None,
+    key: Annotated[str, KEY] = "",
+    tls_ca: Annotated[Path | None, TLS_CA] = None,
+    tls_cert: Annotated[Path | None, TLS_CERT] = None,
+    tls_key: Annotated[Path | None, TLS_KEY] = None,
 ) -> None:
     """Say what changed between two bundles, how far vectors move, and whether an index must be embedded again.
 
@@ -43,13 +46,12 @@ def diff_command(
             )
         if server is not None and engine_b is not None:
             raise InputError("--engine-b names an engine of B, and B is a server.", cure="Leave it out.")
-        if server is None and (model or tls_ca is not None):
-            raise InputError("--model and --tls-ca are about a server.", cure="Name the --server, or leave them out.")
+        if server is None and (model or tls_ca or tls_cert or tls_key):
+            raise InputError("--model and --tls-... are about a server.", cure="Name the --server, or leave them out.")
         from calibration.texts import read_texts, verification_texts
         from export.compare import choose, compare_bundles
         from export.diff_report import print_report, to_json
         from runtime.bundle import open_bundle
-        from runtime.files import explain_read_errors
         from runtime.policy import read_policy
 
         limits = read_policy(policy)
@@ -78,10 +80,8 @@ def diff_command(
                 from runtime.client import EmbeddingClient
             except ModuleNotFoundError as error:
                 raise missing_extra(str(error.name), "serve") from error
-            if tls_ca is not None:
-                with explain_read_errors(tls_ca, InputError):
-                    tls_ca.read_bytes()
-            with EmbeddingClient(server, key=key or None, tls_ca=tls_ca) as client, console.bars() as bars:
+            client = EmbeddingClient(server, key=key or None, tls_ca=tls_ca, tls_certificate=tls_cert, tls_key=tls_key)
+            with client, console.bars() as bars:
                 report = audit_server(
                     a, client, server, chosen, engine=engine_a, model=model, policy=limits, progress=bars.update
                 )

@@ -12,7 +12,7 @@ import typer
 import runtime
 from runtime import console
 from runtime.errors import InputError, missing_extra
-from runtime.serve_cli import reload_command, serve_command
+from runtime.serve_cli import KEY, TLS_CA, TLS_CERT, TLS_KEY, reload_command, serve_command
 
 app = typer.Typer(
     name="f2rt",
@@ -47,6 +47,7 @@ def options(
 
 @app.command("embed")
 def embed_command(
+    context: typer.Context,
     words: Annotated[
         list[str] | None,
         typer.Argument(
@@ -72,14 +73,17 @@ def embed_command(
         ),
     ] = False,
     model: Annotated[str, typer.Option(help="Model of the server; its default without it.")] = "",
-    key: Annotated[str, typer.Option(help="API key.", envvar="F2RT_API_KEY", show_envvar=True)] = "",
-    tls_ca: Annotated[Path | None, typer.Option(help="Authority of the server's certificate, PEM.")] = None,
+    key: Annotated[str, KEY] = "",
+    tls_ca: Annotated[Path | None, TLS_CA] = None,
+    tls_cert: Annotated[Path | None, TLS_CERT] = None,
+    tls_key: Annotated[Path | None, TLS_KEY] = None,
     output_format: Annotated[str, typer.Option("--format", help="json (a line per text) or npy (one array).")] = "json",
 ) -> None:
     """Embed texts, here or on a server, and print the vectors."""
     with console.readable_errors():
         if output_format not in ("json", "npy"):
             raise InputError(f"there is no format {output_format!r}.", cure="Choose json or npy.")
+        _check_place(context, server)
         arguments = list(words or [])
         if server is None and not arguments:
             raise InputError("no bundle was given.", cure="Call f2rt embed BUNDLE TEXT..., or name a --server.")
@@ -95,7 +99,13 @@ def embed_command(
             except ModuleNotFoundError as error:
                 raise missing_extra(str(error.name), "serve") from error
 
-            with EmbeddingClient(server, key=key or None, tls_ca=tls_ca) as client:
+            from runtime.bundle import MANIFEST
+
+            if arguments and (Path(arguments[0]) / MANIFEST).is_file():
+                console.warn(f"{arguments[0]} is embedded as a text: with --server no bundle is named.")
+            with EmbeddingClient(
+                server, key=key or None, tls_ca=tls_ca, tls_certificate=tls_cert, tls_key=tls_key
+            ) as client:
                 answer = client.embed(texts, prompt_name=prompt, prompt=instruction, dimensions=dim, model=model)
                 vectors, tokens, fingerprint = (
                     answer.vectors,
@@ -129,6 +139,21 @@ def embed_command(
             line = {"text": text, "tokens": count, "fingerprint": fingerprint, "embedding": row}
             # JSON is UTF-8, whatever the locale says.
             sys.stdout.buffer.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+
+
+def _check_place(context: typer.Context, server: str | None) -> None:
+    """Raise InputError for a flag that says nothing where texts are embedded: it would be ignored.
+
+    Variables are for all commands, so they are no mistake.
+    """
+    of_a_server = ("model", "key", "tls_ca", "tls_cert", "tls_key")
+    for name in of_a_server if server is None else ("engine", "policy", "allow_unverified"):
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            flag = f"--{name.replace('_', '-')}"
+            if server is not None:
+                raise InputError(f"{flag} is about a bundle, and {server} is a server.", cure=f"Leave {flag} out.")
+            raise InputError(f"{flag} is about a server.", cure=f"Name the --server, or leave {flag} out.")
 
 
 def _lines(data: bytes) -> list[str]:

@@ -29,6 +29,7 @@ from runtime.errors import (
     OverloadedError,
     UnavailableError,
 )
+from runtime.files import explain_read_errors
 from runtime.tokenizer import Truncate
 
 _DTYPES = {
@@ -52,6 +53,7 @@ _ERRORS: dict[grpc.StatusCode, type[F2rtError]] = {
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineError,
     grpc.StatusCode.UNAVAILABLE: UnavailableError,
 }
+_START = "Start one: f2rt serve BUNDLE"
 _MAX_MESSAGE_BYTES = 256 << 20  # the default of 4 MiB holds 409 vectors of 2560 dimensions
 
 
@@ -158,8 +160,13 @@ class EmbeddingClient:
         """Open a channel to HOST:PORT or unix:PATH; nothing is sent yet. `timeout_s` bounds each call.
 
         With `tls_ca`, the PEM file of the server's authority, the channel is encrypted; a certificate and its key show
-        who asks. `key` is an API key.
+        who asks. `key` is an API key. Raises InputError for files that cannot be read, or do not belong together.
         """
+        if (tls_certificate is None) != (tls_key is None) or (tls_certificate is not None and tls_ca is None):
+            raise InputError(
+                "a certificate of yours, its key and the server's authority go together.",
+                cure="Give all three; for a server that asks for no certificate the authority alone.",
+            )
         self._target = target
         self._timeout_s = timeout_s
         options = [
@@ -167,10 +174,16 @@ class EmbeddingClient:
             ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
         ]
         self._metadata = (("authorization", f"Bearer {key}"),) if key else ()
+        # What a server that wants another kind of connection does looks like no server at all.
+        self._tls_cure = "; one with TLS needs tls_ca, the file of its authority"
+        if tls_ca is not None and tls_certificate is None:
+            self._tls_cure = "; one that asks for certificates needs yours, and its key"
+        elif tls_ca is not None:
+            self._tls_cure = ""
         if tls_ca is None:
             self._channel = grpc.insecure_channel(target, options=options)
         else:
-            files = [None if file is None else file.read_bytes() for file in (tls_ca, tls_key, tls_certificate)]
+            files = [None if file is None else _read(file) for file in (tls_ca, tls_key, tls_certificate)]
             self._channel = grpc.secure_channel(target, grpc.ssl_channel_credentials(*files), options=options)
         self._stub = pb_grpc.EmbeddingServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._admin = pb_grpc.AdminServiceStub(self._channel)  # type: ignore[no-untyped-call]
@@ -269,10 +282,11 @@ class EmbeddingClient:
         prompt_name: str | None = None,
         prompt: str | None = None,
         truncate: Truncate | None = None,
+        model: str = "",
     ) -> list[ExplainedItem]:
         """Return what the engine would see for each text. Raises as `embed` does."""
         with _input_errors():
-            request = pb.ExplainRequest(input=_input(texts, token_ids, prompt_name, prompt, truncate))
+            request = pb.ExplainRequest(input=_input(texts, token_ids, prompt_name, prompt, truncate), model=model)
         response: pb.ExplainResponse = self._call(self._stub.Explain, request, None)
         return [
             ExplainedItem(
@@ -331,7 +345,7 @@ class EmbeddingClient:
             if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                 raise UnavailableError(
                     f"no server at {self._target} was ready within {timeout_s:g} s.",
-                    cure="Start one: f2rt serve BUNDLE",
+                    cure=f"{_START}{self._tls_cure}",
                 ) from error
             raise self._translate(error) from error
         if answer.status != health_pb2.HealthCheckResponse.SERVING:
@@ -346,13 +360,18 @@ class EmbeddingClient:
 
     def _translate(self, error: Any) -> F2rtError:
         code, details = error.code(), error.details() or ""
-        if code is grpc.StatusCode.UNAVAILABLE and "shutting down" not in details:
+        if code is grpc.StatusCode.UNAVAILABLE and not _said_by_a_server(error):
             return UnavailableError(
-                f"no f2rt server answers at {self._target}: {details}.", cure="Start one: f2rt serve BUNDLE"
+                f"no f2rt server answers at {self._target}: {details.rstrip('.')}.", cure=f"{_START}{self._tls_cure}"
             )
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
             return InputError(f"the message is too large: {details}.", cure="Split the request.")
         return _error(code, details, retry_delay_s(error))
+
+
+def _read(file: Path) -> bytes:
+    with explain_read_errors(file, InputError):
+        return file.read_bytes()
 
 
 def _error(code: grpc.StatusCode, details: str, retry_after_s: float | None) -> F2rtError:
@@ -364,13 +383,21 @@ def _error(code: grpc.StatusCode, details: str, retry_after_s: float | None) -> 
 
 def retry_delay_s(error: Any) -> float | None:
     """Return what the RetryInfo of a grpc.RpcError says, in seconds, or None."""
+    info = error_details_pb2.RetryInfo()
+    found = any(detail.Unpack(info) for detail in _status_details(error))
+    return float(info.retry_delay.ToMilliseconds()) / 1e3 if found else None
+
+
+def _said_by_a_server(error: Any) -> bool:
+    """Whether an UNAVAILABLE is an f2rt server's own word: gRPC says the same of one that is not there."""
+    info = error_details_pb2.ErrorInfo()
+    return any(detail.Unpack(info) and info.domain == "f2rt" for detail in _status_details(error))
+
+
+def _status_details(error: Any) -> Iterator[Any]:
     for name, value in error.trailing_metadata() or ():
         if name == "grpc-status-details-bin":
-            for detail in status_pb2.Status.FromString(value).details:
-                info = error_details_pb2.RetryInfo()
-                if detail.Unpack(info):
-                    return float(info.retry_delay.ToMilliseconds()) / 1e3
-    return None
+            yield from status_pb2.Status.FromString(value).details
 
 
 def _answer(response: pb.EmbedResponse, dtype: OutputDType) -> EmbedAnswer:

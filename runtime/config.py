@@ -114,9 +114,9 @@ def resolve(
             cure = f"Did you mean {close[0]}?" if close else "See f2rt serve --print-config for all of them."
             raise InputError(f"{source}: there is no setting {name!r}.", cure=cure)
     preset, source = given.get("preset", (known["preset"], ""))
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise InputError(f"{source}: there is no preset {preset!r}.", cure=f"Choose one of: {', '.join(PRESETS)}.")
-    values = _defaults(str(preset))
+    values = _defaults(preset)
     for name, (value, source) in given.items():
         values[name] = _typed(name, value, type(values[name]), source)
     return _build(models, tables, values, {name: source for name, (_, source) in given.items()}, file)

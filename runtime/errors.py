@@ -8,6 +8,7 @@
     ├── AccessError            no API key, or a wrong one
     ├── OverloadedError        full: come back later
     ├── DeadlineError          could not be answered in time
+    ├── AbandonedError         the caller went away: nobody gets it, it is for the log and the metrics
     ├── UnavailableError       not ready, draining, or the server cannot be reached
     ├── MissingExtraError      an optional dependency is not installed; says which extra has it
     ├── OutputError            the result could not be written: disk full, folder not writable
@@ -86,6 +87,10 @@ class DeadlineError(F2rtError):
     """The answer would come too late."""
 
 
+class AbandonedError(F2rtError):
+    """The caller waits no longer."""
+
+
 class UnavailableError(F2rtError):
     """Not ready, draining, or not reachable."""
 
@@ -134,6 +139,7 @@ STATUS: dict[type[F2rtError], Status] = {
     AccessError: Status("UNAUTHENTICATED", 401),
     OverloadedError: Status("RESOURCE_EXHAUSTED", 429),
     DeadlineError: Status("DEADLINE_EXCEEDED", 504),
+    AbandonedError: Status("CANCELLED", 499),
     UnavailableError: Status("UNAVAILABLE", 503),
     MissingExtraError: Status("FAILED_PRECONDITION", 500),
     OutputError: Status("INTERNAL", 500),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +14,12 @@ from runtime import console
 from runtime.config import ServeConfig, parse_assignments, resolve
 from runtime.errors import missing_extra
 from runtime.serving import logs
+
+# How a command shows a server who it is.
+KEY = typer.Option(help="API key.", envvar="F2RT_API_KEY", show_envvar=True)
+TLS_CA = typer.Option(help="Authority of the server's certificate, PEM.")
+TLS_CERT = typer.Option(help="A certificate of yours, for a server that asks for one, PEM.")
+TLS_KEY = typer.Option(help="The key of --tls-cert, PEM.")
 
 
 def serve_command(
@@ -39,7 +46,7 @@ def serve_command(
     allow_unverified: Annotated[
         bool | None, typer.Option("--allow-unverified", help="Serve engines without such a proof, and say so.")
     ] = None,
-    shadow: Annotated[str | None, typer.Option(help="BUNDLE[@ENGINE] that looks on; see shadow_share.")] = None,
+    shadow: Annotated[str | None, typer.Option(help="BUNDLE or BUNDLE@ENGINE that looks on; see shadow_share.")] = None,
     log_format: Annotated[str | None, typer.Option(help="text or json.")] = None,
     assignments: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any other setting, see --print-config.")
@@ -79,8 +86,10 @@ def reload_command(
     server: Annotated[str, typer.Option(metavar="HOST:PORT", help="The server.")] = "127.0.0.1:50051",
     model: Annotated[str, typer.Option(help="Name of the model; the default one without it.")] = "",
     engine: Annotated[str, typer.Option(help="Another engine of the bundle.")] = "",
-    key: Annotated[str, typer.Option(help="API key.", envvar="F2RT_API_KEY", show_envvar=True)] = "",
-    tls_ca: Annotated[Path | None, typer.Option(help="Authority of the server's certificate, PEM.")] = None,
+    key: Annotated[str, KEY] = "",
+    tls_ca: Annotated[Path | None, TLS_CA] = None,
+    tls_cert: Annotated[Path | None, TLS_CERT] = None,
+    tls_key: Annotated[Path | None, TLS_KEY] = None,
 ) -> None:
     """Have a server load a model's bundle again, prove it beside the running engine, and switch."""
     with console.readable_errors():
@@ -88,7 +97,9 @@ def reload_command(
             from runtime.client import EmbeddingClient
         except ModuleNotFoundError as error:
             raise missing_extra(str(error.name), "serve") from error
-        with EmbeddingClient(server, key=key or None, tls_ca=tls_ca, timeout_s=3600.0) as client:
+        with EmbeddingClient(
+            server, timeout_s=3600.0, key=key or None, tls_ca=tls_ca, tls_certificate=tls_cert, tls_key=tls_key
+        ) as client:
             done = client.reload(model=model, engine=engine)
         what = "the same" if done.old_fingerprint == done.new_fingerprint else "switched"
         print(f"{done.model}: {done.engine}, {what}: {done.old_fingerprint} -> {done.new_fingerprint}")
@@ -97,6 +108,8 @@ def reload_command(
 def _serve(config: ServeConfig, check: bool) -> None:
     # gRPC's own log goes past ours: at its default level with a line for every handshake that fails.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    if not check:  # by default it ends a process; whatever it is about is not read yet
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         import runtime.server as server
     except ModuleNotFoundError as error:

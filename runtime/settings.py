@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 
 from runtime.errors import InputError
 from runtime.tokenizer import Truncate
 
+_MOST_S = 1e8  # three years: what a thread can wait for is bounded
+# A host's name, an IPv4 address, or an IPv6 one in brackets; no URL.
+_ADDRESS = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.%A-Za-z0-9]+\]):([0-9]{1,5})")
+
 
 def _at_least(name: str, value: float, least: float) -> None:
-    if value < least:
+    if not value >= least:  # which NaN is not either
         raise InputError(f"{name} is {value}; it must be at least {least}.", cure=f"Set {name} to {least} or more.")
+
+
+def _seconds(name: str, value: float, least: float) -> None:
+    _at_least(name, value, least)
+    if value > _MOST_S:
+        raise InputError(f"{name} is {value}; it must be at most {_MOST_S:g}.", cure="Give seconds, up to three years.")
 
 
 @dataclass(frozen=True)
@@ -138,6 +149,7 @@ class ShadowSettings:
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
             raise InputError(f"the shadow's share is {self.share}.", cure="Give a number above 0, up to 1.")
+        _at_least("shadow_drift", self.drift, 0)
 
 
 @dataclass(frozen=True)
@@ -180,9 +192,9 @@ class ServeSettings:
     def __post_init__(self) -> None:
         _at_least("max_message_bytes", self.max_message_bytes, 1024)
         _at_least("max_connections", self.max_connections, 1)
-        _at_least("drain_s", self.drain_s, 0)
-        _at_least("golden_period_s", self.golden_period_s, 0.01)
-        _at_least("golden_timeout_s", self.golden_timeout_s, 0.01)
+        _seconds("drain_s", self.drain_s, 0)
+        _seconds("golden_period_s", self.golden_period_s, 0.01)
+        _seconds("golden_timeout_s", self.golden_timeout_s, 0.01)
         _check_address(self.grpc_address, "127.0.0.1:50051")
         if self.http_address:
             _check_address(self.http_address, "127.0.0.1:8080")
@@ -191,8 +203,8 @@ class ServeSettings:
 def _check_address(address: str, example: str) -> None:
     if address.startswith("unix:"):
         return
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65535:
+    found = _ADDRESS.fullmatch(address)
+    if found is None or int(found[1]) > 65535:
         raise InputError(
             f"the address {address!r} is not HOST:PORT.",
             cure=f"Give for example {example}, [::1]{example[9:]} or unix:/run/f2rt.sock.",

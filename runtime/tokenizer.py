@@ -144,7 +144,7 @@ class TextTokenizer:
         if truncate is Truncate.ERROR:
             raise InputError(
                 f"text {index} has {count} tokens; the limit is {limit}.",
-                cure="Shorten it, or ask for truncate END or START.",
+                cure="Shorten it, or ask for truncate end or start.",
             )
         # Tokens that begin in the prompt; one that straddles its end belongs to it. Offsets are looked up one by one:
         # a list of a million pairs would hold up every other thread for most of a second.

@@ -102,6 +102,7 @@ def test_what_is_not_there_is_refused(bundle: Bundle, tmp_path: Path) -> None:
         (["OTHER", "--server", "127.0.0.1:1"], "give one thing to compare with"),
         (["--server", "127.0.0.1:1", "--engine-b", FP32], "B is a server"),
         (["OTHER", "--model", "mini"], "are about a server"),
+        (["OTHER", "--tls-cert", "a.pem"], "are about a server"),
     ],
 )
 def test_arguments_that_contradict_each_other_are_refused(bundle: Bundle, arguments: list[str], problem: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -14,6 +15,7 @@ import runtime.errors as errors
 from runtime import console
 from runtime.client import EmbeddingClient
 from runtime.errors import STATUS, F2rtError, missing_extra, status_of
+from runtime.wire.grpc_calls import status_details
 
 # Status in gRPC and HTTP, and what a caller in Python catches; written by hand, not derived from the code.
 TABLE = {
@@ -25,6 +27,7 @@ TABLE = {
     "AccessError": ("UNAUTHENTICATED", 401),
     "OverloadedError": ("RESOURCE_EXHAUSTED", 429),
     "DeadlineError": ("DEADLINE_EXCEEDED", 504),
+    "AbandonedError": ("CANCELLED", 499),
     "UnavailableError": ("UNAVAILABLE", 503),
     "MissingExtraError": ("FAILED_PRECONDITION", 500),
     "OutputError": ("INTERNAL", 500),
@@ -100,8 +103,8 @@ def test_other_exceptions_pass_through() -> None:
 class Failure(grpc.RpcError):
     """What grpc raises, with the methods a client reads."""
 
-    def __init__(self, code: grpc.StatusCode, details: str | None) -> None:
-        self._code, self._details = code, details
+    def __init__(self, code: grpc.StatusCode, details: str | None, trailing: Any = None) -> None:
+        self._code, self._details, self._trailing = code, details, trailing
 
     def code(self) -> grpc.StatusCode:
         return self._code
@@ -109,15 +112,17 @@ class Failure(grpc.RpcError):
     def details(self) -> str | None:
         return self._details
 
-    def trailing_metadata(self) -> None:
-        return None
+    def trailing_metadata(self) -> Any:
+        return self._trailing
 
 
-def translated(code: grpc.StatusCode, details: str | None) -> F2rtError:
+def translated(
+    code: grpc.StatusCode, details: str | None, trailing: Any = None, **connection: Path | None
+) -> F2rtError:
     def fail(request: Any, timeout: float, metadata: Any) -> Any:
-        raise Failure(code, details)
+        raise Failure(code, details, trailing)
 
-    with EmbeddingClient("127.0.0.1:1") as client, pytest.raises(F2rtError) as caught:
+    with EmbeddingClient("127.0.0.1:1", **connection) as client, pytest.raises(F2rtError) as caught:
         client._call(fail, None, None)
     assert isinstance(caught.value.__cause__, Failure)
     return caught.value
@@ -136,8 +141,9 @@ def translated(code: grpc.StatusCode, details: str | None) -> F2rtError:
     ],
 )
 def test_the_client_raises_what_the_server_raised(cls: type[F2rtError]) -> None:
-    sent = cls("the server is shutting down." if cls is errors.UnavailableError else "what.", cure="How.")
-    back = translated(grpc.StatusCode[status_of(sent).grpc], str(sent))
+    sent = cls("what.", cure="How.")
+    code = grpc.StatusCode[status_of(sent).grpc]
+    back = translated(code, str(sent), status_details(code, sent))
     assert type(back) is cls
     assert str(back) == str(sent)
 
@@ -150,14 +156,32 @@ def test_every_status_becomes_an_f2rt_error(code: grpc.StatusCode) -> None:
         assert type(error) in family(F2rtError)
 
 
-def test_connection_and_size_failures_say_the_cure() -> None:
+def test_connection_and_size_failures_say_the_cure(tmp_path: Path) -> None:
     gone = translated(grpc.StatusCode.UNAVAILABLE, "connection refused")
     assert isinstance(gone, errors.UnavailableError)
-    assert "127.0.0.1:1" in gone.message
+    assert gone.message == "no f2rt server answers at 127.0.0.1:1: connection refused."
     assert "f2rt serve" in gone.cure
+    assert "one with TLS needs tls_ca" in gone.cure
+    pem = tmp_path / "any.pem"
+    pem.write_text("none")
+    closed = translated(grpc.StatusCode.UNAVAILABLE, "Socket closed.", tls_ca=pem)
+    assert closed.message.endswith("Socket closed.")
+    assert "asks for certificates needs yours" in closed.cure
     large = translated(grpc.StatusCode.RESOURCE_EXHAUSTED, "SERVER: Received message larger than max (9 vs. 8)")
     assert type(large) is errors.InputError
     assert large.cure == "Split the request."
+
+
+@pytest.mark.parametrize("given", [("tls_certificate",), ("tls_ca", "tls_key"), ("tls_certificate", "tls_key")])
+def test_files_of_a_connection_go_together(tmp_path: Path, given: tuple[str, ...]) -> None:
+    files = {name: tmp_path / name for name in given}
+    with pytest.raises(errors.InputError, match="go together"):
+        EmbeddingClient("127.0.0.1:1", **files)
+
+
+def test_a_file_of_a_connection_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(errors.InputError, match=r"cannot read .*gone\.pem"):
+        EmbeddingClient("127.0.0.1:1", tls_ca=tmp_path / "gone.pem")
 
 
 def test_progress_bars_are_quiet_off_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -197,7 +197,7 @@ def test_error_names_both_numbers(path: Path, contract: Contract, tokenizer: Tex
     count = len(tokenizer.encode([LONG])[0].ids)
     with pytest.raises(InputError, match=f"text 1 has {count} tokens; the limit is {count - 1}") as caught:
         limited(path, contract, count - 1).encode(["short", LONG], truncate=Truncate.ERROR)
-    assert "END or START" in caught.value.cure
+    assert "end or start" in caught.value.cure
 
 
 @pytest.mark.parametrize("truncate", [Truncate.END, Truncate.START])

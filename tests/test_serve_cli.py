@@ -98,9 +98,17 @@ def test_what_embed_refuses_on_a_server(server: ServerProcess) -> None:
     assert "1 to 256" in failed("embed", *remote, "a", "--dim", "257")
     assert "both" in failed("embed", *remote, "a", "--prompt", "query", "--instruction", "x")
     assert "cannot be sent" in failed("embed", *remote, "\udcff")
+    for flag, value in (("--engine", "onnxruntime:fp32"), ("--policy", "p.toml"), ("--allow-unverified", "a")):
+        assert f"{flag} is about a bundle" in failed("embed", *remote, flag, value)
     gone = failed("embed", "--server", "127.0.0.1:1", "a")
     assert "127.0.0.1:1" in gone
     assert "f2rt serve" in gone
+
+
+def test_a_bundle_beside_a_server_is_a_text_and_said_to_be(server: ServerProcess, bundle: Bundle) -> None:
+    done = f2rt("embed", "--server", server.address, str(bundle.folder), env={"F2RT_POLICY": "for other commands"})
+    assert done.returncode == 0
+    assert b"is embedded as a text" in done.stderr
 
 
 def test_what_embed_refuses_here(bundle: Bundle, tmp_path: Path) -> None:
@@ -111,6 +119,8 @@ def test_what_embed_refuses_here(bundle: Bundle, tmp_path: Path) -> None:
     assert "no prompt 'nope'" in failed("embed", folder, "a", "--prompt", "nope")
     assert "1 to 256" in failed("embed", folder, "a", "--dim", "0")
     assert "has no engine 'x:y'" in failed("embed", folder, "a", "--engine", "x:y")
+    for flag in ("--model", "--key", "--tls-ca", "--tls-cert", "--tls-key"):
+        assert f"{flag} is about a server" in failed("embed", folder, "a", flag, "x")
     assert "surrogate" in failed("embed", folder, "\udcff")
 
 

@@ -150,6 +150,9 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "half a number": ({"max_items": "1.5"}, "max_items is '1.5'; it is a whole number", "whole number"),
     "not a boolean": ({"access_log": "maybe"}, "access_log is 'maybe'; it is true or false", "true or false"),
     "too small": ({"max_items": "0"}, "max_items is 0; it must be at least 1", "Set max_items"),
+    "not a number at all": ({"golden_period_s": "nan"}, "golden_period_s is nan; it must be at least 0.01", "Set"),
+    "endless": ({"drain_s": "inf"}, "drain_s is inf; it must be at most 1e+08", "three years"),
+    "shadow's drift": ({"shadow": "x", "shadow_drift": "nan"}, "shadow_drift is nan", "Set shadow_drift"),
     "efficiency": ({"efficiency": "1"}, "efficiency is 1.0", "between 0 and 1"),
     "preset": ({"preset": "fast"}, "--preset: there is no preset 'fast'", "latency, throughput"),
     "log format": ({"log_format": "xml"}, "no log_format 'xml'", "text or json"),
@@ -157,6 +160,8 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "half of TLS": ({"tls_cert": "a.pem"}, "TLS needs tls_cert and tls_key", "PEM"),
     "CA alone": ({"tls_client_ca": "a.pem"}, "TLS needs tls_cert and tls_key", "PEM"),
     "shadow's share": ({"shadow": "x", "shadow_share": "2"}, "the shadow's share is 2.0", "up to 1"),
+    "a URL": ({"http": "http://127.0.0.1:80"}, "the address 'http://127.0.0.1:80' is not HOST:PORT", "127.0.0.1:8080"),
+    "port": ({"grpc": "localhost:65536"}, "the address 'localhost:65536' is not HOST:PORT", "127.0.0.1:50051"),
     "address": ({"http": "nonsense"}, "the address 'nonsense' is not HOST:PORT", "127.0.0.1:8080"),
 }
 
@@ -176,6 +181,7 @@ def test_a_wrong_setting_is_named_with_its_cure(case: str) -> None:
         (b"grpc = ", "cannot be read"),
         (b"\xff\xfe", "cannot be read"),
         (b"threads = 'two'", "threads is 'two'; it is a whole number"),
+        (b"preset = ['latency']", "there is no preset ['latency']"),
         (b"threads = [1]", "threads is [1]; it is a whole number"),
         (b"[[model]]\nname = 'a'", "model 1 is not right (bundle is missing"),
         (b"[[model]]\nbundle = 'a'\npath = 'b'", "model 1 is not right (unknown: path)"),

@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import grpc
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -17,9 +18,36 @@ from runtime.embedder import Embedder
 from runtime.errors import InputError, NotFoundError
 from runtime.tokenizer import Instruction, Truncate
 from tests.serving import failure
-from tests.serving_in_process import InProcess, held
+from tests.serving_in_process import InProcess, held, wait_until
 
 DASHBOARD = Path(runtime.serving.__file__).parent / "grafana.json"
+
+
+def test_a_caller_that_went_away_is_no_server_that_is_not_ready(embedder: Embedder) -> None:
+    """Cancelled ones and those whose time was over are counted as what they are, whoever says it first."""
+    engine, own = held(embedder)
+
+    def counted(status: str) -> float:
+        return server.metric("f2rt_requests_total", model="mini", protocol="grpc", status=status)
+
+    with InProcess(own) as server, server.channel() as channel:
+        stub = server.stub(channel)
+        first = stub.Embed.future(pb.EmbedRequest(input=pb.EmbedInput(texts=["computing"])))
+        engine.wait_begun(1)
+        request = pb.EmbedRequest(input=pb.EmbedInput(texts=["waits"]))
+        waiting = [stub.Embed.future(request) for _ in range(3)]
+        wait_until(lambda: server.model.pipeline.waiting[0] == 3)
+        for call in waiting:
+            assert call.cancel()
+        wait_until(lambda: counted("CANCELLED") == 3)
+        late = [stub.Embed.future(request, timeout=0.3) for _ in range(20)]
+        assert {call.exception().code() for call in late} == {grpc.StatusCode.DEADLINE_EXCEEDED}
+        wait_until(lambda: counted("DEADLINE_EXCEEDED") == 20)
+        engine.allow(10)
+        assert first.result().rows == 1
+        assert counted("CANCELLED") == 3
+        assert counted("UNAVAILABLE") == 0
+        assert server.metric("f2rt_rejected_requests_total", model="mini", reason="deadline_exceeded") == 20
 
 
 def test_what_is_counted(embedder: Embedder) -> None:

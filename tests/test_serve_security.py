@@ -190,6 +190,11 @@ def test_client_certificates_on_both_ports(bundle: Bundle, certificates: Certifi
             assert client.embed(["a"]).vectors.shape == (1, 256)
         with EmbeddingClient(server.address, tls_ca=c.ca, timeout_s=5) as bare, pytest.raises(UnavailableError):
             bare.embed(["a"])
+        ours = ["--tls-ca", str(c.ca), "--tls-cert", str(c.client_cert), "--tls-key", str(c.client_key)]
+        for command in (["embed", "--server", server.address, "a"], ["reload", "--server", server.address]):
+            done = f2rt(*command, *ours)
+            assert done.returncode == 0, done.stderr
+            assert b"asks for certificates needs yours" in f2rt(*command, *ours[:2]).stderr
         assert httpx.get(f"https://{http}/info", verify=c.context(client=True)).status_code == 200
         with pytest.raises(httpx.HTTPError):
             httpx.get(f"https://{http}/info", verify=c.context())

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from runtime.batching import Shape
 from runtime.embedder import Embedder
 from runtime.engines.buckets import computed_tokens
-from runtime.errors import DeadlineError, EngineError, F2rtError, UnavailableError
+from runtime.errors import AbandonedError, DeadlineError, EngineError, F2rtError, UnavailableError
 from runtime.scheduler import FairQueue, Planned, Ticket
 from runtime.serving.batches import Batches, Rows
 from runtime.serving.call import EmbedCall, EmbedReply
@@ -33,6 +33,7 @@ from runtime.settings import SchedulingSettings
 from runtime.tokenizer import Instruction, TokenizedText, Truncate
 
 _WORKERS = 2  # threads that tokenize for coroutines
+_AT_THE_DEADLINE_S = 0.05  # a caller's clock started earlier than ours
 
 Result = TypeVar("Result")
 
@@ -40,6 +41,10 @@ Result = TypeVar("Result")
 def _left_s(call: EmbedCall) -> float | None:
     """Return the time until a call's deadline, 0 when it has passed; None without one."""
     return None if call.deadline_s is None else max(call.deadline_s - time.perf_counter(), 0.0)
+
+
+def _late() -> DeadlineError:
+    return DeadlineError("the deadline passed before the answer was ready.", cure="Allow more time.")
 
 
 class Pipeline:
@@ -114,7 +119,7 @@ class Pipeline:
     def answer(self, call: EmbedCall, begun: Callable[[Job], None] = lambda job: None) -> EmbedReply:
         """Answer one call on this thread, by its deadline if it has one; `begun` is given what `abandon` takes.
 
-        Raises InputError, NotFoundError, OverloadedError, DeadlineError or EngineError; UnavailableError when it was
+        Raises InputError, NotFoundError, OverloadedError, DeadlineError or EngineError; AbandonedError when it was
         abandoned.
         """
         self._check(call)
@@ -144,12 +149,17 @@ class Pipeline:
         return self._tokenizing.tokenize(texts, instruction, truncate)
 
     def abandon(self, job: Job) -> None:
-        """Drop what of a request is not computed yet: nobody waits for it."""
+        """Drop what of a request is not computed yet: nobody waits for it.
+
+        It ends as cancelled, or as too late: a caller who gives up at the deadline is heard of a moment before it.
+        """
         with self._lock:
             job.abandoned = True
             if job.ticket is not None:
                 self._queue.cancel(job.ticket)
-        job.end(UnavailableError("the request was cancelled.", cure="Ask again."))
+        left_s = _left_s(job.call)
+        late = left_s is not None and left_s < _AT_THE_DEADLINE_S
+        job.end(_late() if late else AbandonedError("the caller went away before the answer was ready."))
 
     # --- for coroutines
 
@@ -249,7 +259,7 @@ class Pipeline:
 
     def _too_late(self, job: Job) -> None:
         """End a request whose deadline has passed, whatever the engine is busy with, and drop what waits of it."""
-        job.end(DeadlineError("the deadline passed before the answer was ready.", cure="Allow more time."))
+        job.end(_late())
         self.abandon(job)
 
     def _reply(self, job: Job) -> EmbedReply:

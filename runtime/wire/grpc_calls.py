@@ -16,7 +16,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
-from runtime.errors import F2rtError, InputError, OverloadedError, status_of
+from runtime.errors import F2rtError, InputError, OverloadedError, UnavailableError, status_of
 from runtime.serving.access import Keys
 from runtime.serving.job import Job
 from runtime.serving.pipeline import Pipeline
@@ -26,6 +26,7 @@ log = logging.getLogger("f2rt.grpc")
 # Details travel in a trailer, which gRPC drops above 8 KiB, and percent-encoded: up to 12 bytes a character.
 _MAX_MESSAGE_CHARS = 400
 
+ERROR_DOMAIN = "f2rt"
 UNEXPECTED = "an unexpected error; the server's log has the details."  # a caller learns no internals
 
 Unary = Callable[[Any, Any], Any]
@@ -145,19 +146,27 @@ def abort(context: Any, error: Exception) -> NoReturn:
     if status.http == 500:
         log.error("%s: %s", status.grpc, error)
     code = grpc.StatusCode[status.grpc]
-    context.set_trailing_metadata(retry_info(code, error))
+    context.set_trailing_metadata(status_details(code, error))
     context.abort(code, details(error))
     raise AssertionError("abort raises")
 
 
-def retry_info(code: grpc.StatusCode, error: F2rtError) -> tuple[tuple[str, bytes], ...]:
-    """Return the trailing metadata of an error: google.rpc.RetryInfo where it says when to come back."""
-    if not isinstance(error, OverloadedError):
+def status_details(code: grpc.StatusCode, error: F2rtError) -> tuple[tuple[str, bytes], ...]:
+    """Return the trailing metadata of an error, as google.rpc has it.
+
+    RetryInfo where the error says when to come back. ErrorInfo of a server that is not ready: gRPC itself says
+    UNAVAILABLE when there is no server at all.
+    """
+    if isinstance(error, OverloadedError):
+        delay = Duration()
+        delay.FromMilliseconds(int(1e3 * error.retry_after_s))
+        detail: Any = error_details_pb2.RetryInfo(retry_delay=delay)
+    elif isinstance(error, UnavailableError):
+        detail = error_details_pb2.ErrorInfo(reason="NOT_READY", domain=ERROR_DOMAIN)
+    else:
         return ()
-    delay = Duration()
-    delay.FromMilliseconds(int(1e3 * error.retry_after_s))
     status = status_pb2.Status(code=code.value[0], message=details(error))
-    status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
+    status.details.add().Pack(detail)
     return (("grpc-status-details-bin", status.SerializeToString()),)
 
 
