@@ -19,6 +19,7 @@ _FOLLOW = 0.2  # how fast the pace follows, per batch
 _MOST_STEP = 3.0  # a single batch says no more of it
 _FIRST = 12  # batches that tell the proportions before the pace is told from them
 _LEAST_MS = 1e-6
+_ENDLESS = 1e9  # tokens, where one more costs nothing that can be told
 _STAY = 0.05**2  # spreads below 5 % of the mean tell nothing: what is known then stays
 _REMEMBERED = 0.95  # of bytes and tokens, per request
 _MOST_BYTES = 4096  # that one request counts for
@@ -71,8 +72,10 @@ class CostModel:
 
     @property
     def break_even_tokens(self) -> float:
-        """How many padded tokens cost as much as one more batch: a / b."""
-        return self.fixed_ms / self.token_ms if self.token_ms > 0 else 0.0
+        """How many padded tokens cost as much as one more batch: a / b; 0 while nothing is known."""
+        if self.fixed_ms <= 0:
+            return 0.0
+        return min(self.fixed_ms / self.token_ms, _ENDLESS) if self.token_ms > 0 else _ENDLESS
 
     def efficient_tokens(self, efficiency: float) -> int:
         """Return the size of the smallest batch with `efficiency` of the throughput of an endless one.

@@ -26,6 +26,7 @@ from runtime.overload import Overload
 from runtime.settings import Limits, SchedulingSettings
 
 _CANDIDATE_ITEMS = 256  # looked at for one batch at most
+_CLOSED = 64  # entries that may stand in the heap although their requests were cancelled
 _LEARN = 0.1  # how fast the mean size of a request follows
 _BURST_MS, _BURST_REQUESTS = 1000.0, 8  # may wait, where no limit is set
 _AT_THE_DOOR = 0.9  # of what may wait: a request whose tokens are only foreseen is refused a little earlier
@@ -48,6 +49,8 @@ class Ticket:
     number: int = 0
     waiting_tokens: int = 0  # of the items that are in no batch yet
     open: bool = False
+    admitted_s: float = 0.0
+    own_ms: float = 0.0  # what it should take when it has the engine to itself
     probe: bool = False  # let in although it should miss its deadline, to learn whether it does
 
 
@@ -131,6 +134,9 @@ class FairQueue:
             except OverloadedError:
                 self._learn_size(tokens)  # as it would be, had it been counted
                 raise
+            except DeadlineError:
+                self._discount(self.cost.batch_ms(tokens), deadline_s, now_s)
+                raise
 
     def _check_wait(
         self, wait_ms: float, most_ms: float, own_ms: float, deadline_s: float | None, now_s: float
@@ -143,6 +149,14 @@ class FairQueue:
                 f"the answer would take {needed_ms:.0f} ms, and the deadline leaves {max(left_ms, 0):.0f} ms.",
                 cure="Allow more time, send fewer texts, or ask another replica.",
             )
+
+    def _discount(self, own_ms: float, until_s: float | None, now_s: float) -> None:
+        """Take note of a request that was gone at `until_s`, sooner than it takes: no engine could have served it.
+
+        Of one that had the time, and is not served for what waits before it, overload is told.
+        """
+        if until_s is not None and own_ms > 1e3 * (until_s - now_s):
+            self._overload.done_with()
 
     def _check_requests(self) -> None:
         limit = self._settings.max_waiting_requests
@@ -212,6 +226,7 @@ class FairQueue:
             self._check_room(ticket, count, tokens, now_s)
         ticket.order = sorted(range(count), key=lambda i: -ticket.lengths[i])
         ticket.number, ticket.waiting_tokens, ticket.open = next(self._numbers), tokens, True
+        ticket.admitted_s, ticket.own_ms = now_s, self.cost.batch_ms(tokens)
         self._overload.admitted(now_s, self._pause_ms)
         self._tickets += 1
         self.tokens += tokens
@@ -234,6 +249,7 @@ class FairQueue:
             self._check_wait(self.wait_ms(tokens), self.most_wait_ms, own_ms, ticket.deadline_s, now_s)
         except DeadlineError:
             if not self._may_probe(ticket, own_ms, now_s):
+                self._discount(own_ms, ticket.deadline_s, now_s)
                 raise
             ticket.probe = True
 
@@ -248,11 +264,17 @@ class FairQueue:
         self._mean_tokens = self._mean_tokens or tokens
         self._mean_tokens += _LEARN * (tokens - self._mean_tokens)
 
-    def cancel(self, ticket: Ticket) -> None:
-        """Drop what of a request is in no batch yet. Unknown and finished ones are none."""
-        if ticket.open:
-            self._close(ticket)
-            self._rest(self._overload.latest_s)
+    def cancel(self, ticket: Ticket, now_s: float) -> None:
+        """Drop what of a request is in no batch yet, and its payload. Unknown and finished ones are none."""
+        if not ticket.open:
+            return
+        self._discount(ticket.own_ms, now_s, ticket.admitted_s)
+        self._close(ticket)
+        ticket.payload = None
+        self._rest(self._overload.latest_s)
+        if len(self._heap) > 2 * self._tickets + _CLOSED:
+            self._heap = [entry for entry in self._heap if entry[2].open]
+            heapq.heapify(self._heap)
 
     def next_batch(self, now_s: float) -> Planned | None:
         """Take the next batch out of the queue; None when nothing waits. What expired is dropped first."""

@@ -69,7 +69,7 @@ def talk(server: InProcess) -> Iterator[socket.socket]:
 
 
 @contextlib.contextmanager
-def sending() -> Iterator[Callable[[Callable[[], httpx.Response]], Future[httpx.Response]]]:
+def sending(threads: int = 4) -> Iterator[Callable[[Callable[[], httpx.Response]], Future[httpx.Response]]]:
     """Give what sends requests from other threads."""
-    with ThreadPoolExecutor(4) as threads:
-        yield threads.submit
+    with ThreadPoolExecutor(threads) as pool:
+        yield pool.submit

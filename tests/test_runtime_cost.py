@@ -102,3 +102,15 @@ def test_full_batches_alone_do_not_make_up_another_fixed_cost() -> None:
         width = chance.choice([12, 20, 40, 80, 160, 300, 500])
         observe(max(1, cost.efficient_tokens(0.97) // width), width)
         assert 200 < cost.efficient_tokens(0.97) < 800
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.02, 0.05])
+def test_batches_are_as_large_as_they_may_be_where_tokens_cost_nothing(noise: float) -> None:
+    """As on a GPU whose time is that of starting its kernels: a small budget would throw nearly all of it away."""
+    cost, chance = CostModel(), random.Random(1)
+    for _ in range(300):
+        for tokens in (16, 64, 256, 1024, 4096):
+            cost.observe(tokens, 5.0 * chance.uniform(1 - noise, 1 + noise), 64)
+    assert cost.break_even_tokens > 20_000
+    assert cost.efficient_tokens(0.97) > 100_000
+    assert CostModel().break_even_tokens == 0, "of which nothing is known"

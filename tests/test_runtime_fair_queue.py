@@ -77,7 +77,7 @@ def test_any_sequence_of_events_keeps_the_books(data: st.DataObject, limits: Lim
             left[ticket] = set(range(len(ticket.lengths)))
         elif action == "cancel" and left:
             ticket = data.draw(st.sampled_from(sorted(left, key=lambda t: t.number)))
-            waiting.cancel(ticket)
+            waiting.cancel(ticket, now_s)
             del left[ticket]
         elif action == "serve":
             planned = waiting.next_batch(now_s)

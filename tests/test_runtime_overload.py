@@ -124,7 +124,7 @@ def test_after_a_pause_a_burst_is_let_in_again(golden: bool, cancelled: bool) ->
     line, now_s = overloaded()
     if cancelled:
         for _, _, ticket in list(line._heap):
-            line.cancel(ticket)
+            line.cancel(ticket, now_s)
     drain(line, now_s)
     if golden:
         line.admit(Ticket([10]), now_s + 3600, bounded=False)
@@ -140,7 +140,7 @@ def test_a_cancelled_request_leaves_no_load_behind() -> None:
     alone = Ticket([10])
     line.check_door(0.0)
     line.admit(alone, 0.0)
-    line.cancel(alone)
+    line.cancel(alone, 0.0)
     for _ in range(90):
         line.check_door(3600.0)
         line.admit(Ticket([10]), 3600.0)
@@ -240,3 +240,55 @@ def test_callers_that_come_back_in_crowds_are_no_overload(callers: int) -> None:
         assert planned is not None
         now_s += 1e-3 * line.cost.batch_ms(planned.padded_tokens)
         come(len(planned.rows))
+
+
+@pytest.mark.parametrize("how", ["hopeless deadline", "cancelled at once"])
+def test_what_no_engine_could_serve_in_time_is_no_overload(how: str) -> None:
+    """Callers who ask one after the other are let in, however many others give up before the engine could answer."""
+    line = FairQueue(Limits(max_batch_rows=1), SchedulingSettings(), known(0.0, 1.0))
+    line.admit(Ticket([100]), 0.0, bounded=False)
+    for step in range(1, 2000):
+        now_s = 0.1 * step  # each takes as long as until the next one
+        for _ in range(5):
+            if how == "hopeless deadline":
+                with contextlib.suppress(DeadlineError):
+                    line.check_door(now_s, 100, now_s + 0.001)
+                    line.admit(Ticket([100], now_s + 0.001), now_s)
+            else:
+                line.check_door(now_s, 100)
+                ticket = Ticket([100])
+                line.admit(ticket, now_s)
+                line.cancel(ticket, now_s + 0.001)
+        line.check_door(now_s, 100)
+        line.admit(Ticket([100]), now_s)
+        assert line.next_batch(now_s)
+        assert not line.is_overloaded
+
+
+def test_callers_who_lose_patience_behind_others_are_told_as_overload() -> None:
+    """Their deadlines would leave time enough, but for what waits before them."""
+    line = FairQueue(Limits(max_batch_rows=1), SchedulingSettings(max_wait_ms=1e6), known(0.0, 1.0))
+    for step in range(1, 400):
+        now_s = 0.1 * step
+        for _ in range(5):
+            with contextlib.suppress(DeadlineError, OverloadedError):
+                line.check_door(now_s, 100, now_s + 0.5)
+                line.admit(Ticket([100], now_s + 0.5), now_s)
+        line.next_batch(now_s)
+    assert line.is_overloaded
+
+
+def test_cancelled_requests_leave_nothing_in_the_heap() -> None:
+    line = FairQueue(Limits(), SchedulingSettings(max_waiting_requests=10**6, overload=1e9), known(0.0, 1.0))
+    stays = Ticket([10], payload="kept")
+    line.admit(stays, 0.0, bounded=False)
+    for _ in range(5000):
+        ticket = Ticket([10], payload="large")
+        line.admit(ticket, 0.0, bounded=False)
+        line.cancel(ticket, 0.0)
+        assert ticket.payload is None
+        assert len(line._heap) <= 100
+    planned = line.next_batch(0.0)
+    assert planned is not None
+    assert [ticket.payload for ticket, _ in planned.rows] == ["kept"]
+    assert line.next_batch(0.0) is None

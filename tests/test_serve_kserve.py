@@ -5,8 +5,7 @@ Stock clients have their own tests; these reach what they would not send.
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from runtime._pb.inference import grpc_service_pb2_grpc as pb_grpc
 from runtime.embedder import Embedder
 from runtime.errors import EngineError
 from runtime.settings import SchedulingSettings
+from tests.kserve_messages import request, with_parameters
 from tests.serving import START_S, TEXTS, failure
 from tests.serving_in_process import HeldEngine, InProcess, held, wait_until
 
@@ -30,26 +30,6 @@ def stub(embedder: Embedder) -> Iterator[Any]:
     _, own = held(embedder, permits=100_000)
     with InProcess(own) as server, server.channel() as channel:
         yield pb_grpc.GRPCInferenceServiceStub(channel)  # type: ignore[no-untyped-call]
-
-
-def request(
-    texts: Sequence[str | bytes], *, raw: bool = True, model: str = "mini", **more: Any
-) -> pb.ModelInferRequest:
-    blobs = [t if isinstance(t, bytes) else t.encode() for t in texts]
-    message = pb.ModelInferRequest(model_name=model, **more)
-    tensor = message.inputs.add(name="text", datatype="BYTES", shape=[len(blobs), 1])
-    if raw:
-        message.raw_input_contents.append(b"".join(struct.pack("<I", len(b)) + b for b in blobs))
-    else:
-        tensor.contents.bytes_contents.extend(blobs)
-    return message
-
-
-def with_parameters(message: pb.ModelInferRequest, **parameters: Any) -> pb.ModelInferRequest:
-    for name, value in parameters.items():
-        kind = {bool: "bool_param", int: "int64_param", str: "string_param", float: "double_param"}[type(value)]
-        setattr(message.parameters[name], kind, value)
-    return message
 
 
 def vectors_of(answer: pb.ModelInferResponse) -> np.ndarray[Any, Any]:

@@ -17,7 +17,7 @@ from runtime.bundle import Bundle
 from runtime.client import EmbeddingClient
 from runtime.embedder import Embedder, open_embedder
 from runtime.encoding import OutputDType
-from runtime.errors import EngineError, InputError, UnavailableError
+from runtime.errors import AbandonedError, EngineError, InputError
 from runtime.serving.call import EmbedCall
 from runtime.settings import EngineSettings, Limits
 from tests.grpc_messages import ids_request, texts_request, vectors_of
@@ -141,7 +141,7 @@ def test_a_request_that_has_ended_before_it_began_is_not_tokenized(
     _, own = held(embedder, permits=1000)
     with InProcess(own) as server:
         asked.clear()  # the golden texts
-        with pytest.raises(UnavailableError, match="the request was cancelled"):
+        with pytest.raises(AbandonedError, match="the caller went away"):
             server.model.answer(EmbedCall(texts=["never"]), lambda job, pipeline: pipeline.abandon(job))
         assert asked == []
         server.model.answer(EmbedCall(texts=["now"]), lambda job, pipeline: None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import queue
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,24 +19,7 @@ from runtime.settings import Limits, SchedulingSettings
 from runtime.wire import f2rt_v1
 from tests.serving import START_S
 from tests.serving_in_process import InProcess, held, wait_until
-
-ONE = pb.EmbedRequest(input=pb.EmbedInput(texts=["a"]))
-
-
-class OpenStream:
-    """A stream that a client keeps open without asking anything after the first request."""
-
-    def __init__(self, stub: Any) -> None:
-        self._requests: queue.Queue[pb.EmbedRequest | None] = queue.Queue()
-        self.call = stub.EmbedStream(iter(self._requests.get, None))
-
-    def ask(self) -> pb.EmbedStreamResponse:
-        self._requests.put(ONE)
-        return next(self.call)
-
-    def cancel(self) -> None:
-        self.call.cancel()
-        self._requests.put(None)
+from tests.streams import ONE, OpenStream
 
 
 @pytest.fixture

@@ -77,6 +77,8 @@ class Batches:
             return
         log.warning("a batch of %d x %d failed, its requests run alone: %s", len(jobs), planned.width, error)
         for job, part in parts.items():
+            if job.done:  # cancelled, or over its deadline, since the batch began
+                continue
             try:
                 self._deliver(part, *self._infer(part))
             except F2rtError as own:

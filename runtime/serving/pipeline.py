@@ -32,10 +32,12 @@ from runtime.serving.tokenizing import Tokenizing
 from runtime.settings import SchedulingSettings
 from runtime.tokenizer import Instruction, TokenizedText, Truncate
 
-_WORKERS = 2  # threads that tokenize for coroutines
+_WORKERS = 2  # threads that tokenize for coroutines, and one more for long texts, which short ones do not wait for
+_SURELY_IN_TIME = 3.0  # times what a batch should take
 _AT_THE_DEADLINE_S = 0.05  # a caller's clock started earlier than ours
 
 Result = TypeVar("Result")
+_Inbox = queue.SimpleQueue[Callable[[], None] | None]
 
 
 def _left_s(call: EmbedCall) -> float | None:
@@ -74,9 +76,11 @@ class Pipeline:
         self._open = 0
         self._idle: list[asyncio.Event] = []
         self._closed = False
-        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._inbox: _Inbox = queue.SimpleQueue()
+        self._long_inbox: _Inbox = queue.SimpleQueue()
         self._threads = [
-            threading.Thread(target=self._work, name=f"f2rt-worker-{i}", daemon=True) for i in range(_WORKERS)
+            threading.Thread(target=self._work, args=[inbox], name=f"f2rt-worker-{i}", daemon=True)
+            for i, inbox in enumerate([*[self._inbox] * _WORKERS, self._long_inbox])
         ]
         self._threads.append(threading.Thread(target=self._serve, name="f2rt-engine", daemon=True))
         for thread in self._threads:
@@ -127,14 +131,20 @@ class Pipeline:
         ended.acquire()
         job = Job(call, ended.release)
         begun(job)
-        while not job.abandoned and not self._tokenize(job):
-            pass
+        while not job.done and not self._tokenize(job):
+            if _left_s(call) == 0:
+                self._too_late(job)
         if self._admit(job):
-            self._lead(job)
+            if self._may_lead(job):
+                self._lead(job)
+            else:
+                self._hand_over()
         left_s = _left_s(call)
         if not ended.acquire(timeout=-1 if left_s is None else min(left_s, threading.TIMEOUT_MAX)):
             self._too_late(job)
             ended.acquire()  # whoever ended it may not have said how yet
+        if _left_s(call) == 0 and job.error is None:
+            raise _late()
         return self._reply(job)
 
     def tokenize(
@@ -156,7 +166,7 @@ class Pipeline:
         with self._lock:
             job.abandoned = True
             if job.ticket is not None:
-                self._queue.cancel(job.ticket)
+                self._queue.cancel(job.ticket, time.perf_counter())
         left_s = _left_s(job.call)
         late = left_s is not None and left_s < _AT_THE_DEADLINE_S
         job.end(_late() if late else AbandonedError("the caller went away before the answer was ready."))
@@ -166,17 +176,17 @@ class Pipeline:
     async def embed(self, call: EmbedCall) -> EmbedReply:
         """Answer one call, as `answer` does; cancelled, it drops what is not computed yet."""
         self._check(call)
-        job = await self._finished(lambda ended: Job(call, ended), self._tokenize_in_turns)
+        job = await self._finished(lambda ended: Job(call, ended), self._put_in_line)
         return self._reply(job)
 
     async def run(self, items: list[TokenizedText]) -> NDArray[np.float32]:
-        """Return unit vectors float32 [items, dim] of tokenized texts, by the same way, whatever else waits."""
+        """Return unit vectors float32 [items, dim] of tokenized texts, whatever else waits to be tokenized or run."""
 
         def admit(job: Job) -> None:
             if self._admit(job, bounded=False):
-                self._lead(job)
+                self._hand_over()
 
-        job = await self._finished(lambda ended: Job(EmbedCall(), ended, items), admit)
+        job = await self._finished(lambda ended: Job(EmbedCall(), ended, items), lambda job: self._guarded(job, admit))
         if job.error is not None:
             raise job.error
         assert job.vectors is not None
@@ -214,8 +224,8 @@ class Pipeline:
                 return
             self._closed = True
             self._handed_over.notify_all()
-        for _ in range(_WORKERS):
-            self._inbox.put(None)
+        for inbox in (*[self._inbox] * _WORKERS, self._long_inbox):
+            inbox.put(None)
 
         def join() -> None:
             for thread in self._threads:
@@ -224,10 +234,11 @@ class Pipeline:
 
         await self._loop.run_in_executor(None, join)
 
-    async def _finished(self, make: Callable[[Callable[[], None]], Job], work: Callable[[Job], None]) -> Job:
+    async def _finished(self, make: Callable[[Callable[[], None]], Job], begin: Callable[[Job], None]) -> Job:
+        """Return a request that has ended; `begin` is called in the event loop."""
         event = asyncio.Event()
         job = make(lambda: self._call_soon(event.set))
-        self._inbox.put(lambda: self._guarded(job, work))
+        begin(job)
         try:
             async with asyncio.timeout(_left_s(job.call)):
                 await event.wait()
@@ -280,14 +291,22 @@ class Pipeline:
                 self._queue.turned_away()
             raise
 
+    def _put_in_line(self, job: Job) -> None:
+        """Have the next part of a request tokenized by a worker."""
+        inbox = self._long_inbox if self._tokenizing.is_long(job.call) else self._inbox
+        inbox.put(lambda: self._guarded(job, self._tokenize_in_turns))
+
     def _tokenize_in_turns(self, job: Job) -> None:
         """Tokenize a part of a request, and go to the end of the line for the rest; then queue it."""
-        if not self._tokenize(job) and not job.abandoned:
-            self._inbox.put(lambda: self._guarded(job, self._tokenize_in_turns))
+        if not self._tokenize(job):
+            self._put_in_line(job)
         elif self._admit(job):
             self._lead(job)
 
     def _guarded(self, job: Job, work: Callable[[Job], None]) -> None:
+        """Go on with a request, unless it has ended: nobody waits for it then."""
+        if job.done:
+            return
         try:
             work(job)
         except Exception as error:  # noqa: BLE001  (whoever waits for it gets it)
@@ -309,6 +328,18 @@ class Pipeline:
                 return False
             self._taken = True
             return True
+
+    def _may_lead(self, job: Job) -> bool:
+        """Whether a thread may compute that also has to answer by its deadline."""
+        left_s = _left_s(job.call)
+        tokens = sum(len(item.ids) for item in job.items) if left_s is not None else 0
+        return left_s is None or 1e3 * left_s > _SURELY_IN_TIME * self._queue.cost.batch_ms(tokens)
+
+    def _hand_over(self) -> None:
+        """Have the engine's thread serve the queue, in place of this one."""
+        with self._lock:
+            self._called = True
+            self._handed_over.notify()
 
     def _lead(self, job: Job) -> None:
         """Run batches until this thread's own request is done; the rest is for the engine's thread."""
@@ -340,16 +371,16 @@ class Pipeline:
         """Run the next batch. When there is none, the engine is given back, and the answer is False."""
         with self._lock:
             planned = self._queue.next_batch(time.perf_counter())
-            expired, self._queue.expired = self._queue.expired, []
+            # Read here: a ticket that is cancelled has no payload any more.
+            expired = [ticket.payload for ticket in self._queue.expired]
+            self._queue.expired = []
+            jobs: Rows = [(ticket.payload, index) for ticket, index in planned.rows] if planned else []
             if planned is None:
                 self._taken = False
-        for ticket in expired:
-            ticket.payload.end(
-                DeadlineError("the deadline would pass before the answer is ready.", cure="Allow more time.")
-            )
+        for job in expired:
+            job.end(DeadlineError("the deadline would pass before the answer is ready.", cure="Allow more time."))
         if planned is None:
             return False
-        jobs: Rows = [(ticket.payload, index) for ticket, index in planned.rows]
         try:
             self._batches.run(planned, jobs)
         except Exception as error:  # noqa: BLE001  (a fault of ours must not take the engine along with it)
@@ -365,15 +396,15 @@ class Pipeline:
         with self._lock:
             for job in jobs:
                 if job.ticket is not None:
-                    self._queue.cancel(job.ticket)
+                    self._queue.cancel(job.ticket, time.perf_counter())
         for job in jobs:
             job.end(error)
         if isinstance(error, EngineError):
             failure = error
             self._call_soon(lambda: self.on_engine_error(failure))
 
-    def _work(self) -> None:
-        while (work := self._inbox.get()) is not None:
+    def _work(self, inbox: _Inbox) -> None:
+        while (work := inbox.get()) is not None:
             work()
 
     def _call_soon(self, callback: Callable[[], Any]) -> None:

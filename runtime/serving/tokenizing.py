@@ -37,6 +37,10 @@ class Tokenizing:
         prompt = self._embedder.loaded.tokenizer.prompt_text(call.instruction)
         return self._density.tokens(prompt, call.texts, self._embedder.contract.max_tokens)
 
+    def is_long(self, call: EmbedCall) -> bool:
+        """Whether a request takes so long to tokenize that short ones should not wait for it."""
+        return sum(map(len, call.texts)) > _CHUNK_CHARS
+
     def take_part(self, job: Job) -> bool:
         """Tokenize the next part of a request, or take its token ids as they are; returns whether that was all.
 

@@ -27,7 +27,7 @@ from runtime.serving.call import EmbedCall, EmbedReply
 from runtime.serving.models import Models, request_id
 from runtime.settings import ServeSettings
 from runtime.tokenizer import Instruction, TokenizedText, Truncate
-from runtime.wire.grpc_calls import UNEXPECTED, Calls, details, dropped_with, header, unreadable
+from runtime.wire.grpc_calls import UNEXPECTED, Calls, Dropping, details, header, unreadable
 from runtime.wire.tls import TlsFiles
 
 log = logging.getLogger("f2rt.grpc")
@@ -80,12 +80,15 @@ class EmbeddingService:
 
     def embed(self, request: pb.EmbedRequest, context: Any) -> pb.EmbedResponse:
         """Embed one request; see the .proto for its fields."""
+        return self._embed(request, context, Dropping(context))
+
+    def _embed(self, request: pb.EmbedRequest, context: Any, dropping: Dropping) -> pb.EmbedResponse:
         dtype = _DTYPE.get(request.dtype)
         if dtype is None:
             raise InputError(f"there is no dtype {request.dtype}.", cure="Use one of the DType enum.")
         traceparent = header(context, "traceparent") if self._settings.otlp_endpoint else ""
         call = _call(request, context.time_remaining(), traceparent)
-        reply = self._models.answer(call, "grpc", dropped_with(context))
+        reply = self._models.answer(call, "grpc", dropping.begun)
         vectors = finish(reply.vectors, call.dimensions, call.normalize)
         data, scales = encode(vectors, dtype)
         return _response(call, reply, vectors.shape[1], data, scales, dtype)
@@ -125,10 +128,12 @@ class EmbeddingService:
                     answers.put(answer, timeout=0.2)
                     return
 
+        dropping = Dropping(context)
+
         def read() -> None:
             with contextlib.suppress(grpc.RpcError), ThreadPoolExecutor(_STREAM_WINDOW) as window:
                 for request in requests:
-                    put(window.submit(self._stream_item, request, context))
+                    put(window.submit(self._stream_item, request, context, dropping))
             put(None)
 
         reader = threading.Thread(target=read, name="f2rt-stream", daemon=True)
@@ -136,11 +141,11 @@ class EmbeddingService:
         while (answer := answers.get()) is not None:
             yield answer.result()
 
-    def _stream_item(self, request: Any, context: Any) -> pb.EmbedStreamResponse:
+    def _stream_item(self, request: Any, context: Any, dropping: Dropping) -> pb.EmbedStreamResponse:
         try:
             if isinstance(request, DecodeError):
                 raise unreadable(request)
-            return pb.EmbedStreamResponse(response=self.embed(request, context))
+            return pb.EmbedStreamResponse(response=self._embed(request, context, dropping))
         except F2rtError as error:
             self._models.refused(error, "grpc")
             retry_s = error.retry_after_s if isinstance(error, OverloadedError) else 0.0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
@@ -123,18 +124,39 @@ def header(context: Any, name: str) -> str:
     return next((str(value) for key, value in context.invocation_metadata() if key == name), "")
 
 
-def dropped_with(context: Any) -> Callable[[Job, Pipeline], None]:
-    """Return what makes a request be dropped when its call ends before it does: cancelled, or over its deadline."""
+class Dropping:
+    """Drops the requests of a call when it ends before they do: cancelled, or over its deadline.
 
-    def begun(job: Job, pipeline: Pipeline) -> None:
-        def ended() -> None:
-            if not job.done:
+    A stream is one call for as many requests as its client likes: what was answered is forgotten, and an engine that
+    was replaced is not kept.
+    """
+
+    def __init__(self, context: Any) -> None:
+        self._jobs: dict[Job, weakref.ref[Pipeline]] = {}
+        self._lock = threading.Lock()
+        self._over = False
+        if not context.add_callback(self._ended):  # it ended before it began
+            self._ended()
+
+    def begun(self, job: Job, pipeline: Pipeline) -> None:
+        """Take note of a request that is on its way."""
+        with self._lock:
+            over = self._over
+            if not over:
+                for done in [other for other in self._jobs if other.done]:
+                    del self._jobs[done]
+                self._jobs[job] = weakref.ref(pipeline)
+        if over:
+            pipeline.abandon(job)
+
+    def _ended(self) -> None:
+        with self._lock:
+            self._over = True
+            jobs, self._jobs = self._jobs, {}
+        for job, reference in jobs.items():
+            pipeline = reference()
+            if pipeline is not None and not job.done:
                 pipeline.abandon(job)
-
-        if not context.add_callback(ended):
-            ended()
-
-    return begun
 
 
 def abort(context: Any, error: Exception) -> NoReturn:

@@ -6,11 +6,12 @@ Every refusal, whoever makes it, has OpenAI's error body, so that its clients sh
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import re
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import orjson
@@ -79,8 +80,9 @@ class HttpApp:
         """POST /v1/embeddings."""
         own_id = _id(request)
         deadline_s = _deadline(request)
-        with self._bodies.held_by() as body:
-            wanted = await self._decoded(await body.read(request))
+        with self._bodies.held_by() as body, _late():
+            async with asyncio.timeout(None if deadline_s is None else max(deadline_s - time.perf_counter(), 0.0)):
+                wanted = await self._decoded(await body.read(request))
         # The model's own facts decide what token ids and prompts mean.
         model = self._models.get(wanted.model or "")
         contract = model.embedder.contract
@@ -259,6 +261,15 @@ def _deadline(request: Request) -> float | None:
     if not 0 < seconds <= _MOST_TIMEOUT_S:
         raise InputError(f"X-Request-Timeout is {given[:40]!r}.", cure="Give seconds, for example 0.5.")
     return time.perf_counter() + seconds
+
+
+@contextlib.contextmanager
+def _late() -> Iterator[None]:
+    """Turn the end of a caller's time, before the request was read, into a DeadlineError."""
+    try:
+        yield
+    except TimeoutError as error:
+        raise DeadlineError("the deadline passed before the request was read.", cure="Allow more time.") from error
 
 
 def _json(value: Any, status: int = 200) -> Response:

@@ -21,7 +21,7 @@ from runtime.serving.call import EmbedCall, instruction_for
 from runtime.serving.model import Model, State
 from runtime.serving.models import Models, request_id
 from runtime.tokenizer import Instruction, Truncate
-from runtime.wire.grpc_calls import Calls, dropped_with, header
+from runtime.wire.grpc_calls import Calls, Dropping, header
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 INPUT, OUTPUT, VERSION = "text", "embedding", "1"
@@ -94,7 +94,7 @@ class InferenceService:
         prompts = self._models.get(name).embedder.contract.prompts
         traceparent = header(context, "traceparent")
         call = _call(request, name, _parameters(request), prompts, context.time_remaining(), traceparent)
-        reply = self._models.answer(call, "kserve", dropped_with(context))
+        reply = self._models.answer(call, "kserve", Dropping(context).begun)
         vectors = finish(reply.vectors, call.dimensions, call.normalize)
         dim, data = vectors.shape[1], encode(vectors, OutputDType.FLOAT32)[0]
         response = pb.ModelInferResponse(
