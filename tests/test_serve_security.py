@@ -130,6 +130,9 @@ def test_keys_are_read_again_on_reload(bundle: Bundle, tmp_path: Path) -> None:
         server.process.send_signal(signal.SIGHUP)
         server.wait_for_line("the keys stay as they were")
         new.embed(["a"])
+        with pytest.raises(InputError, match="5 characters"):
+            new.reload()
+        server.wait_for_line("a reload was asked for, and everything stays as it was: .* 5 characters")
 
 
 def test_the_command_sends_its_key(bundle: Bundle, keys_file: Path) -> None:

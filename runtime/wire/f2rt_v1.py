@@ -213,9 +213,13 @@ class EmbeddingService:
                 "without API keys a reload is taken from this machine only.",
                 cure="Serve with --keys-file, or use SIGHUP.",
             )
-        self._keys.reload()
-        if self._tls is not None:
-            self._tls.reload()
+        try:
+            self._keys.reload()
+            if self._tls is not None:
+                self._tls.reload()
+        except F2rtError as error:
+            log.error("a reload was asked for, and everything stays as it was: %s", error)
+            raise
         reloading = self._models.get(request.model).reload(request.engine or None)
         done = asyncio.run_coroutine_threadsafe(reloading, self._loop).result()
         return pb.ReloadResponse(
