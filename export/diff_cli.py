@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from runtime import console
-from runtime.errors import InputError, missing_extra
-from runtime.serve_cli import KEY, TLS_CA, TLS_CERT, TLS_KEY
+from runtime.connecting import KEY, TLS_CA, TLS_CERT, TLS_KEY, connect
+from runtime.errors import InputError
 
 
 def diff_command(
@@ -75,12 +75,9 @@ def diff_command(
                     progress=bars.update,
                 )
         else:
-            try:
-                from export.audit import audit_server
-                from runtime.client import EmbeddingClient
-            except ModuleNotFoundError as error:
-                raise missing_extra(str(error.name), "serve") from error
-            client = EmbeddingClient(server, key=key or None, tls_ca=tls_ca, tls_certificate=tls_cert, tls_key=tls_key)
+            client = connect(server, key, tls_ca, tls_cert, tls_key)
+            from export.audit import audit_server
+
             with client, console.bars() as bars:
                 report = audit_server(
                     a, client, server, chosen, engine=engine_a, model=model, policy=limits, progress=bars.update

@@ -11,8 +11,9 @@ import typer
 
 import runtime
 from runtime import console
-from runtime.errors import InputError, missing_extra
-from runtime.serve_cli import KEY, TLS_CA, TLS_CERT, TLS_KEY, reload_command, serve_command
+from runtime.connecting import KEY, TLS_CA, TLS_CERT, TLS_KEY, connect
+from runtime.errors import InputError
+from runtime.serve_cli import reload_command, serve_command
 
 app = typer.Typer(
     name="f2rt",
@@ -94,18 +95,11 @@ def embed_command(
         if output_format == "npy" and sys.stdout.isatty():
             raise InputError("npy is binary and standard output is a terminal.", cure="Redirect it: ... > vectors.npy")
         if server is not None:
-            try:
-                from runtime.client import EmbeddingClient
-            except ModuleNotFoundError as error:
-                raise missing_extra(str(error.name), "serve") from error
-
             from runtime.bundle import MANIFEST
 
             if arguments and (Path(arguments[0]) / MANIFEST).is_file():
                 console.warn(f"{arguments[0]} is embedded as a text: with --server no bundle is named.")
-            with EmbeddingClient(
-                server, key=key or None, tls_ca=tls_ca, tls_certificate=tls_cert, tls_key=tls_key
-            ) as client:
+            with connect(server, key, tls_ca, tls_cert, tls_key) as client:
                 answer = client.embed(texts, prompt_name=prompt, prompt=instruction, dimensions=dim, model=model)
                 vectors, tokens, fingerprint = (
                     answer.vectors,

@@ -19,6 +19,7 @@ from runtime._pb.f2rt.v1 import embedding_pb2 as pb
 from runtime._pb.f2rt.v1 import embedding_pb2_grpc as pb_grpc
 from runtime.encoding import OutputDType, decode
 from runtime.errors import (
+    ERROR_DOMAIN,
     AccessError,
     BundleError,
     DeadlineError,
@@ -391,7 +392,7 @@ def retry_delay_s(error: Any) -> float | None:
 def _said_by_a_server(error: Any) -> bool:
     """Whether an UNAVAILABLE is an f2rt server's own word: gRPC says the same of one that is not there."""
     info = error_details_pb2.ErrorInfo()
-    return any(detail.Unpack(info) and info.domain == "f2rt" for detail in _status_details(error))
+    return any(detail.Unpack(info) and info.domain == ERROR_DOMAIN for detail in _status_details(error))
 
 
 def _status_details(error: Any) -> Iterator[Any]:

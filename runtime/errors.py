@@ -41,6 +41,8 @@ _OUT_OF_MEMORY = (
 )
 _LINE_CHARS = 200
 
+ERROR_DOMAIN = "f2rt"  # of google.rpc.ErrorInfo: what a server says itself, and not gRPC for it
+
 
 class F2rtError(Exception):
     """Base of all errors above. `message` is for people; `cure` is one sentence in the imperative."""

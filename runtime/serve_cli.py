@@ -12,14 +12,9 @@ import typer
 
 from runtime import console
 from runtime.config import ServeConfig, parse_assignments, resolve
+from runtime.connecting import KEY, TLS_CA, TLS_CERT, TLS_KEY, connect
 from runtime.errors import missing_extra
 from runtime.serving import logs
-
-# How a command shows a server who it is.
-KEY = typer.Option(help="API key.", envvar="F2RT_API_KEY", show_envvar=True)
-TLS_CA = typer.Option(help="Authority of the server's certificate, PEM.")
-TLS_CERT = typer.Option(help="A certificate of yours, for a server that asks for one, PEM.")
-TLS_KEY = typer.Option(help="The key of --tls-cert, PEM.")
 
 
 def serve_command(
@@ -93,13 +88,7 @@ def reload_command(
 ) -> None:
     """Have a server load a model's bundle again, prove it beside the running engine, and switch."""
     with console.readable_errors():
-        try:
-            from runtime.client import EmbeddingClient
-        except ModuleNotFoundError as error:
-            raise missing_extra(str(error.name), "serve") from error
-        with EmbeddingClient(
-            server, timeout_s=3600.0, key=key or None, tls_ca=tls_ca, tls_certificate=tls_cert, tls_key=tls_key
-        ) as client:
+        with connect(server, key, tls_ca, tls_cert, tls_key, timeout_s=3600.0) as client:
             done = client.reload(model=model, engine=engine)
         what = "the same" if done.old_fingerprint == done.new_fingerprint else "switched"
         print(f"{done.model}: {done.engine}, {what}: {done.old_fingerprint} -> {done.new_fingerprint}")

@@ -6,7 +6,14 @@ import struct
 from collections.abc import Sequence
 from typing import Any
 
+import grpc
+
 from runtime._pb.inference import grpc_service_pb2 as pb
+from runtime._pb.inference import grpc_service_pb2_grpc as pb_grpc
+
+
+def stub_of(channel: grpc.Channel) -> Any:
+    return pb_grpc.GRPCInferenceServiceStub(channel)  # type: ignore[no-untyped-call]
 
 
 def request(

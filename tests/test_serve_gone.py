@@ -13,13 +13,12 @@ from typing import Any
 import grpc
 import pytest
 
-from runtime._pb.inference import grpc_service_pb2_grpc as kserve
 from runtime.embedder import Embedder
 from runtime.errors import EngineError
 from runtime.serving.job import Job
 from tests.grpc_messages import ids_request
 from tests.http_client import client_of, sending
-from tests.kserve_messages import request, with_parameters
+from tests.kserve_messages import request, stub_of, with_parameters
 from tests.serving import START_S, failure
 from tests.serving_in_process import InProcess, held, scheduling, wait_queued, wait_until
 from tests.streams import OpenStream
@@ -164,7 +163,7 @@ def test_kserves_timeout_is_kept_by_a_thread_that_could_compute_itself(embedder:
         if known:
             for width in (8, 64, 512):
                 server.model.pipeline.learn(1, width, 0.15)
-        stub = kserve.GRPCInferenceServiceStub(channel)  # type: ignore[no-untyped-call]
+        stub = stub_of(channel)
         end = threading.Timer(0.0 if known else 1.0, lambda: None if known else engine.allow(100))
         end.start()
         start_s = time.perf_counter()
@@ -189,7 +188,7 @@ def test_parts_of_a_long_request_are_not_tokenized_after_its_deadline(
     _, own = held(embedder, permits=1000)
     with InProcess(own) as server, server.channel() as channel:
         monkeypatch.setattr(Embedder, "encode", slow)
-        stub = kserve.GRPCInferenceServiceStub(channel)  # type: ignore[no-untyped-call]
+        stub = stub_of(channel)
         error = failure(lambda: stub.ModelInfer(with_parameters(request(["word " * 7_000] * 12), timeout=150_000)))
         assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         assert len(asked) <= 3

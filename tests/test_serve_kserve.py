@@ -14,11 +14,10 @@ import numpy as np
 import pytest
 
 from runtime._pb.inference import grpc_service_pb2 as pb
-from runtime._pb.inference import grpc_service_pb2_grpc as pb_grpc
 from runtime.embedder import Embedder
 from runtime.errors import EngineError
 from runtime.settings import SchedulingSettings
-from tests.kserve_messages import request, with_parameters
+from tests.kserve_messages import request, stub_of, with_parameters
 from tests.serving import START_S, TEXTS, failure
 from tests.serving_in_process import HeldEngine, InProcess, held, wait_until
 
@@ -29,7 +28,7 @@ INVALID = grpc.StatusCode.INVALID_ARGUMENT
 def stub(embedder: Embedder) -> Iterator[Any]:
     _, own = held(embedder, permits=100_000)
     with InProcess(own) as server, server.channel() as channel:
-        yield pb_grpc.GRPCInferenceServiceStub(channel)  # type: ignore[no-untyped-call]
+        yield stub_of(channel)
 
 
 def vectors_of(answer: pb.ModelInferResponse) -> np.ndarray[Any, Any]:
@@ -89,7 +88,7 @@ def test_live_ready_and_metadata(stub: Any, embedder: Embedder) -> None:
 def test_while_the_golden_check_fails_nothing_is_ready_nor_answered(embedder: Embedder) -> None:
     engine, own = held(embedder, permits=10**6)
     with InProcess(own, golden_period_s=0.02) as server, server.channel() as channel:
-        stub = pb_grpc.GRPCInferenceServiceStub(channel)  # type: ignore[no-untyped-call]
+        stub = stub_of(channel)
 
         def ready() -> tuple[bool, bool]:
             model = stub.ModelReady(pb.ModelReadyRequest(name="mini"))
@@ -176,7 +175,7 @@ async def _drain(server: InProcess) -> None:
 
 def _full(server: InProcess, engine: HeldEngine) -> object:
     channel = server.channel()
-    one = pb_grpc.GRPCInferenceServiceStub(channel)  # type: ignore[no-untyped-call]
+    one = stub_of(channel)
     calls = [one.ModelInfer.future(request(["first"]))]
     engine.wait_begun(1)
     calls.append(one.ModelInfer.future(request(["second"])))
@@ -205,7 +204,7 @@ def test_every_row_of_the_status_table(embedder: Embedder, tmp_path: Path, row: 
     settings["scheduling"] = SchedulingSettings(max_waiting_requests=1, max_wait_ms=1e9)
     engine, own = held(embedder)
     with InProcess(own, **settings) as server, server.channel() as channel:
-        stub = pb_grpc.GRPCInferenceServiceStub(channel)  # type: ignore[no-untyped-call]
+        stub = stub_of(channel)
         kept = prepare(server, engine)  # noqa: F841  (calls that are let go are cancelled)
         fields = {"texts": ["a"], **asked}
         timeout_us = fields.pop("timeout_us", None)
@@ -213,7 +212,7 @@ def test_every_row_of_the_status_table(embedder: Embedder, tmp_path: Path, row: 
         if timeout_us:
             # Triton's own parameter: the server keeps it, whatever the call's deadline is.
             with_parameters(message_out, timeout=timeout_us)
-            busy = pb_grpc.GRPCInferenceServiceStub(channel).ModelInfer.future(request(["first"]))  # type: ignore[no-untyped-call]
+            busy = stub.ModelInfer.future(request(["first"]))
             engine.wait_begun(1)
             late = stub.ModelInfer.future(message_out)
             wait_until(lambda: server.model.pipeline.waiting[0] == 1)

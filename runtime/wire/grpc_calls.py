@@ -17,7 +17,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
-from runtime.errors import F2rtError, InputError, OverloadedError, UnavailableError, status_of
+from runtime.errors import ERROR_DOMAIN, F2rtError, InputError, OverloadedError, UnavailableError, status_of
 from runtime.serving.access import Keys
 from runtime.serving.job import Job
 from runtime.serving.pipeline import Pipeline
@@ -27,7 +27,6 @@ log = logging.getLogger("f2rt.grpc")
 # Details travel in a trailer, which gRPC drops above 8 KiB, and percent-encoded: up to 12 bytes a character.
 _MAX_MESSAGE_CHARS = 400
 
-ERROR_DOMAIN = "f2rt"
 UNEXPECTED = "an unexpected error; the server's log has the details."  # a caller learns no internals
 
 Unary = Callable[[Any, Any], Any]

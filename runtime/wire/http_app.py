@@ -11,7 +11,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import orjson
@@ -80,8 +80,8 @@ class HttpApp:
         """POST /v1/embeddings."""
         own_id = _id(request)
         deadline_s = _deadline(request)
-        with self._bodies.held_by() as body, _late():
-            async with asyncio.timeout(None if deadline_s is None else max(deadline_s - time.perf_counter(), 0.0)):
+        with self._bodies.held_by() as body:
+            async with _until(deadline_s):
                 wanted = await self._decoded(await body.read(request))
         # The model's own facts decide what token ids and prompts mean.
         model = self._models.get(wanted.model or "")
@@ -263,11 +263,12 @@ def _deadline(request: Request) -> float | None:
     return time.perf_counter() + seconds
 
 
-@contextlib.contextmanager
-def _late() -> Iterator[None]:
-    """Turn the end of a caller's time, before the request was read, into a DeadlineError."""
+@contextlib.asynccontextmanager
+async def _until(deadline_s: float | None) -> AsyncIterator[None]:
+    """Do something of a request by its deadline, if it has one. Raises DeadlineError."""
     try:
-        yield
+        async with asyncio.timeout(None if deadline_s is None else max(deadline_s - time.perf_counter(), 0.0)):
+            yield
     except TimeoutError as error:
         raise DeadlineError("the deadline passed before the request was read.", cure="Allow more time.") from error
 
