@@ -29,6 +29,10 @@ _CANDIDATE_ITEMS = 256  # looked at for one batch at most
 _CLOSED = 64  # entries that may stand in the heap although their requests were cancelled
 _LEARN = 0.1  # how fast the mean size of a request follows
 _BURST_MS, _BURST_REQUESTS = 1000.0, 8  # may wait, where no limit is set
+# In overload requests are refused alike. One that is this small beside those that take the engine's time adds little to
+# what these wait for, and is let in as long as such requests take no more than this share of the engine.
+_SMALL, _SMALL_SHARE = 1 / 20, 0.5
+_LEARN_BATCHES = 16  # over how many batches' tokens the size of those is taken
 _AT_THE_DOOR = 0.9  # of what may wait: a request whose tokens are only foreseen is refused a little earlier
 # An idle engine takes a request that should miss its deadline now and then, or an estimate that is too high would stand
 # for good: what is refused teaches nothing. Not more often than this, for a small part of its time only, and only what
@@ -99,6 +103,8 @@ class FairQueue:
         self._numbers = itertools.count()
         self._overload = Overload(settings.burst_ms, settings.overload)
         self._mean_tokens = 0.0  # of a request
+        self._token_mean = 0.0  # of the request that a token is of: what takes the engine's time
+        self._passed_tokens = 0.0  # of small requests let in past the others, as yet without their share of the engine
         self.busy_until_s = -math.inf  # when the latest batch should end
 
     def __len__(self) -> int:
@@ -123,7 +129,7 @@ class FairQueue:
                 self.refuse(f"{waiting} {what} are waiting; the limit is {limit}")
         if self.is_overloaded:
             wait_ms, standing_ms = self.wait_ms(int(self._mean_tokens)), self.standing_wait_ms
-            if wait_ms > standing_ms:
+            if wait_ms > standing_ms and not self._lets_pass(tokens):
                 self.refuse(
                     f"{self._overload.ratio:.1f} times as many requests come as can be answered, and the wait is "
                     f"{wait_ms:.0f} ms; in overload the limit is {standing_ms:.0f} ms"
@@ -137,6 +143,17 @@ class FairQueue:
             except DeadlineError:
                 self._discount(self.cost.batch_ms(tokens), deadline_s, now_s)
                 raise
+
+    def _lets_pass(self, tokens: int) -> bool:
+        """Whether a small request is let in, in overload, past what is refused alike; takes note of it if so.
+
+        Large ones could else starve it, at the door and not in the queue. Beyond their share of the engine the small
+        are refused like all others: they could else starve the large.
+        """
+        if not 0 < tokens <= _SMALL * self._token_mean or self._passed_tokens > max(self.budget, self._token_mean):
+            return False
+        self._passed_tokens += tokens
+        return True
 
     def _check_wait(
         self, wait_ms: float, most_ms: float, own_ms: float, deadline_s: float | None, now_s: float
@@ -263,6 +280,7 @@ class FairQueue:
     def _learn_size(self, tokens: int) -> None:
         self._mean_tokens = self._mean_tokens or tokens
         self._mean_tokens += _LEARN * (tokens - self._mean_tokens)
+        self._token_mean += tokens / (tokens + _LEARN_BATCHES * self.budget) * (tokens - self._token_mean)
 
     def cancel(self, ticket: Ticket, now_s: float) -> None:
         """Drop what of a request is in no batch yet, and its payload. Unknown and finished ones are none."""
@@ -292,6 +310,7 @@ class FairQueue:
             self._take(ticket, indices)
         self._overload.batch()
         planned = Planned(chosen, max(ticket.lengths[index] for ticket, index in chosen))
+        self._passed_tokens = max(0.0, self._passed_tokens - _SMALL_SHARE * planned.tokens)
         computed = self._shape(len(planned.rows), planned.width)
         self.busy_until_s = now_s + 1e-3 * self.cost.batch_ms(computed, planned.width)
         self._rest(self.busy_until_s)  # while the batch runs nothing can be served: a pause begins after it
@@ -357,7 +376,7 @@ class FairQueue:
         """Begin anew where nothing waits."""
         if not self._tickets:
             self._heap.clear()
-            self._virtual = 0.0
+            self._virtual = self._passed_tokens = 0.0
             self._overload.empty(now_s)
 
     def refuse(self, reason: str) -> NoReturn:

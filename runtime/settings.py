@@ -76,8 +76,9 @@ class SchedulingSettings:
     for the first request. A burst may wait up to `max_wait_ms`, where 0 is as long as 8 requests of the mean size take
     and at least a second; when something has been waiting for `burst_ms` without a pause and `overload` times as many
     requests come as are served, only as long as `standing_batches` batches take, or requests of the mean size where
-    these are larger. A request whose tokens are only foreseen is refused at nine tenths of `max_wait_ms`. The rest are
-    hard limits.
+    these are larger; a request of a twentieth of what takes the engine's time is let in all the same, as long as such
+    take no more than half of it. A request whose tokens are only foreseen is refused at nine tenths of `max_wait_ms`.
+    The rest are hard limits.
     """
 
     efficiency: float = 0.97

@@ -117,6 +117,53 @@ def overloaded() -> tuple[FairQueue, float]:
     return line, now_s
 
 
+def flood(small: int, large: int, small_load: float, large_load: float) -> dict[int, tuple[float, float]]:
+    """Send texts of two lengths, each at a multiple of what the engine can do. Ten simulated seconds.
+
+    Returns for each length the share of its requests that was let in, and its share of the engine's time.
+    """
+    line = FairQueue(Limits(), SchedulingSettings(), known(0.1, 0.05))
+    chance = random.Random(0)
+    rates = {small: small_load / (5e-5 * small), large: large_load / (5e-5 * large)}
+    due = {tokens: chance.expovariate(rate) for tokens, rate in rates.items()}
+    came, admitted, served = ({small: 0, large: 0} for _ in range(3))
+    free_s = 0.0
+    while min(due.values()) < 10:
+        tokens = min(due, key=due.__getitem__)
+        if len(line) and free_s <= due[tokens]:
+            planned = line.next_batch(free_s)
+            assert planned is not None
+            free_s += 1e-3 * line.cost.batch_ms(planned.padded_tokens)
+            for ticket, index in planned.rows:
+                served[ticket.lengths[index]] += ticket.lengths[index]
+            continue
+        now_s = due[tokens]
+        due[tokens] += chance.expovariate(rates[tokens])
+        free_s = max(free_s, now_s)
+        came[tokens] += 1
+        with contextlib.suppress(OverloadedError):
+            line.check_door(now_s, tokens)
+            line.admit(Ticket([tokens]), now_s)
+            admitted[tokens] += 1
+    return {tokens: (admitted[tokens] / came[tokens], 5e-5 * served[tokens] / free_s) for tokens in came}
+
+
+@pytest.mark.parametrize("giant", [640, 2000, 8000])
+def test_in_overload_by_giants_single_texts_are_let_in(giant: int) -> None:
+    """Ten times as many giants come as can be served, and beside them a hundredth of that in single texts."""
+    shares = flood(8, giant, small_load=0.01, large_load=10)
+    assert shares[8][0] > 0.98
+    assert shares[giant][0] < 0.2
+    assert shares[giant][1] > 0.9
+
+
+def test_in_overload_by_small_and_large_each_gets_a_good_part_of_the_engine() -> None:
+    """The small alone could fill the engine twice; without a limit to their share the large get nothing."""
+    shares = flood(8, 32_000, small_load=2, large_load=20)
+    assert shares[8][1] > 0.3
+    assert shares[32_000][1] > 0.1
+
+
 @pytest.mark.parametrize("golden", [False, True])
 @pytest.mark.parametrize("cancelled", [False, True])
 def test_after_a_pause_a_burst_is_let_in_again(golden: bool, cancelled: bool) -> None:
