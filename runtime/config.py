@@ -107,7 +107,9 @@ def resolve(
         variable = f"F2RT_{name.upper()}"
         if variable in environment:
             given[name] = (environment[variable], variable)
-    given |= {name: (value, f"--{name.replace('_', '-')}") for name, value in flags.items() if value is not None}
+    for name, value in flags.items():
+        if value is not None:  # what is no setting has no flag: it was given with --set
+            given[name] = (value, f"--{name.replace('_', '-')}" if name in known else "--set")
     for name, (_, source) in given.items():
         if name not in known:
             close = difflib.get_close_matches(name, known, 1)

@@ -144,7 +144,7 @@ def test_models_are_name_bundle_engine(text: str, expected: ModelSettings) -> No
 
 
 WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
-    "unknown": ({"max_wait": "1"}, "there is no setting 'max_wait'", "Did you mean max_wait_ms?"),
+    "unknown": ({"max_wait": "1"}, "--set: there is no setting 'max_wait'", "Did you mean max_wait_ms?"),
     "unlike any": ({"zzz": "1"}, "there is no setting 'zzz'", "--print-config"),
     "not a number": ({"max_items": "many"}, "--max-items: max_items is 'many'; it is a whole number", "whole number"),
     "half a number": ({"max_items": "1.5"}, "max_items is '1.5'; it is a whole number", "whole number"),

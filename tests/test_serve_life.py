@@ -184,7 +184,7 @@ def test_an_http_address_that_cannot_be(bundle: Bundle, tmp_path: Path) -> None:
 
 
 def test_http_on_a_unix_socket(bundle: Bundle, tmp_path: Path) -> None:
-    """One that is in use is left alone; one that a killed server left behind is taken."""
+    """One that is in use is left alone; one that a killed server left behind is taken. Nothing stays after a stop."""
     path = tmp_path / "http.sock"
     with ServerProcess(bundle.folder, "--http", f"unix:{path}") as server:
         transport = httpx.HTTPTransport(uds=str(path))
@@ -195,6 +195,12 @@ def test_http_on_a_unix_socket(bundle: Bundle, tmp_path: Path) -> None:
     assert path.is_socket()
     with ServerProcess(bundle.folder, "--http", f"unix:{path}") as server:
         assert server.stop() == 0
+    assert not path.exists()
+    with ServerProcess(bundle.folder, "--http", f"unix:{path}") as server:
+        path.unlink()
+        path.write_text("somebody else's")
+        assert server.stop() == 0
+    assert path.read_text() == "somebody else's"
 
 
 def test_a_port_in_use(bundle: Bundle) -> None:

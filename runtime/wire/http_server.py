@@ -47,6 +47,7 @@ class HttpServer:
         config.load()
         self._server = _Server(config, tls.context() if tls else None, max(settings.drain_s, _CLOSE_S))
         self._task: asyncio.Task[None] | None = None
+        self._socket_file: tuple[Path, int] | None = None  # and its inode: another server may have replaced the file
 
     async def start(self) -> str:
         """Listen. Returns the address with the port really taken. Raises InputError."""
@@ -64,6 +65,8 @@ class HttpServer:
             if self._task.done():
                 self._task.result()
         if address.startswith("unix:"):
+            path = Path(address.removeprefix("unix:"))
+            self._socket_file = path, path.stat().st_ino
             return address
         return f"{address.rpartition(':')[0]}:{listening.getsockname()[1]}"
 
@@ -75,6 +78,11 @@ class HttpServer:
         """Stop listening, close connections at rest, and the others once their answers are sent, or `limit_s` later."""
         # uvicorn waits for connections, and a connection is closed when its last byte is out: callers may read slowly.
         self._server.config.timeout_graceful_shutdown = max(limit_s, _FLUSH_S)  # type: ignore[assignment]
+        if self._socket_file is not None:
+            path, inode = self._socket_file
+            with contextlib.suppress(OSError):  # gone already, or not ours to remove
+                if path.stat().st_ino == inode:
+                    path.unlink()
         self._server.should_exit = True
         if self._task is not None:
             await self._task

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import msgspec
 import numpy as np
@@ -85,6 +85,12 @@ class ErrorResponse(msgspec.Struct):
 
 _MAX_PROBLEM_CHARS = 200
 _MAX_MESSAGE_CHARS = 400  # as over gRPC
+# The words that a field may have, by its place as msgspec's errors name it.
+_WORDS = {
+    f"`$.{field.encode_name}`": words
+    for field in msgspec.structs.fields(EmbeddingsRequest)
+    if (words := [word for kind in get_args(field.type) for word in get_args(kind) if isinstance(word, str)])
+}
 _DECODER = msgspec.json.Decoder(EmbeddingsRequest)
 # JSON's escapes, one after the other; the group is a surrogate that is no half of a pair.
 _ESCAPE = re.compile(
@@ -129,7 +135,9 @@ def decode_request(body: bytes, limits: Limits) -> EmbeddingsRequest:
             ) from error
         if len(problem) > _MAX_PROBLEM_CHARS:  # it may quote the name of a field
             problem = f"{problem[:_MAX_PROBLEM_CHARS]}…"
-        raise InputError(f"the body is no embeddings request: {problem}.", cure="See /docs for its fields.") from error
+        words = next((words for place, words in _WORDS.items() if problem.endswith(place)), None)
+        cure = f"Give one of: {', '.join(words)}." if words else "See /docs for its fields."
+        raise InputError(f"the body is no embeddings request: {problem}.", cure=cure) from error
 
 
 def _commas(body: bytes, start: int, end: int) -> int:
