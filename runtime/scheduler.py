@@ -1,32 +1,23 @@
-"""Whose turn it is, and who may wait: pure planning, no clock and no I/O. Times are given, in seconds.
+"""Who may wait for an engine, and what it computes next: pure planning, no clock, no I/O. Times are in seconds.
 
-Whose turn it is follows self-clocked fair queueing (Golestani, 1994): every item of a request gets a finish tag, the
-queue's virtual time plus the tokens of the request's items up to and including this one, and the smallest tag is served
-next. Virtual time is the tag last served. A short request so passes what is left of a long one and waits for a fair
-share only; requests of one size are served in order; nothing starves, since virtual time moves on.
-
-A request's first item counts for no more than a request of the mean size. A single long text would else be passed by
-every short one that comes while others wait, as if the engine could compute it in turns with them: in overload it took
-as many times its own time as requests were waiting.
+Whose turn it is follows `runtime.fair_order`. A request's first item counts for no more than a request of the mean
+size: a single long text would else be passed by every short one that comes while others wait, as if the engine could
+compute it in turns with them. In overload it took as many times its own time as requests were waiting.
 """
 
 from __future__ import annotations
 
-import heapq
-import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from dataclasses import dataclass
+from typing import NoReturn
 
 from runtime.batching import Shape, fill, rectangle
 from runtime.cost import CostModel
 from runtime.errors import DeadlineError, InputError, OverloadedError
+from runtime.fair_order import FairOrder, Ticket
 from runtime.overload import Overload
 from runtime.settings import Limits, SchedulingSettings
 
-_CANDIDATE_ITEMS = 256  # looked at for one batch at most
-_CLOSED = 64  # entries that may stand in the heap although their requests were cancelled
 _LEARN = 0.1  # how fast the mean size of a request follows
 _BURST_MS, _BURST_REQUESTS = 1000.0, 8  # may wait, where no limit is set
 # In overload requests are refused alike. One that is this small beside those that take the engine's time adds little to
@@ -38,24 +29,6 @@ _AT_THE_DOOR = 0.9  # of what may wait: a request whose tokens are only foreseen
 # for good: what is refused teaches nothing. Not more often than this, for a small part of its time only, and only what
 # an engine that became so many times as fast would answer in time.
 _PROBE_S, _PROBE_TIMES, _PROBE_FASTER = 0.2, 4.0, 10.0
-
-
-@dataclass(eq=False)
-class Ticket:
-    """One request in the queue: the lengths of its items, in tokens, and the time after which it is worth nothing."""
-
-    lengths: Sequence[int]
-    deadline_s: float | None = None
-    payload: Any = field(default=None, repr=False)  # what it is for: not looked at here
-    # The queue's own. `order`: item indices, longest first, so that neighbours have similar lengths.
-    order: list[int] = field(default_factory=list, repr=False)
-    tag: float = 0.0
-    number: int = 0
-    waiting_tokens: int = 0  # of the items that are in no batch yet
-    open: bool = False
-    admitted_s: float = 0.0
-    own_ms: float = 0.0  # what it should take when it has the engine to itself
-    probe: bool = False  # let in although it should miss its deadline, to learn whether it does
 
 
 @dataclass(frozen=True)
@@ -92,15 +65,10 @@ class FairQueue:
     ) -> None:
         self.cost = cost or CostModel()
         self.expired: list[Ticket] = []
-        self.tokens = 0
-        self.items = 0
         self._limits = limits
         self._settings = settings
         self._shape = shape
-        self._heap: list[tuple[float, int, Ticket]] = []
-        self._tickets = 0
-        self._virtual = 0.0
-        self._numbers = itertools.count()
+        self._order = FairOrder()
         self._overload = Overload(settings.burst_ms, settings.overload)
         self._mean_tokens = 0.0  # of a request
         self._token_mean = 0.0  # of the request that a token is of: what takes the engine's time
@@ -108,7 +76,17 @@ class FairQueue:
         self.busy_until_s = -math.inf  # when the latest batch should end
 
     def __len__(self) -> int:
-        return self._tickets
+        return len(self._order)
+
+    @property
+    def items(self) -> int:
+        """Items that are in no batch yet."""
+        return self._order.items
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are in no batch yet."""
+        return self._order.tokens
 
     def check_door(self, now_s: float, tokens: int = 0, deadline_s: float | None = None) -> None:
         """Raise OverloadedError or DeadlineError when this request cannot be admitted now.
@@ -134,7 +112,7 @@ class FairQueue:
                     f"{self._overload.ratio:.1f} times as many requests come as can be answered, and the wait is "
                     f"{wait_ms:.0f} ms; in overload the limit is {standing_ms:.0f} ms"
                 )
-        if tokens and self._tickets:
+        if tokens and len(self):
             try:
                 self._check_wait(self.wait_ms(tokens), _AT_THE_DOOR * self.most_wait_ms, 0.0, deadline_s, now_s)
             except OverloadedError:
@@ -177,8 +155,8 @@ class FairQueue:
 
     def _check_requests(self) -> None:
         limit = self._settings.max_waiting_requests
-        if self._tickets >= limit:
-            self.refuse(f"{self._tickets} requests are waiting; the limit is {limit}")
+        if len(self) >= limit:
+            self.refuse(f"{len(self)} requests are waiting; the limit is {limit}")
 
     def turned_away(self) -> None:
         """Take note that a request which passed the door was refused for what it asks, so that nobody serves it."""
@@ -219,16 +197,8 @@ class FairQueue:
         return min(max(self.cost.efficient_tokens(self._settings.efficiency), least), most)
 
     def wait_ms(self, own_tokens: int) -> float:
-        """Return how long a request of so many tokens would wait for others.
-
-        Ahead of it are the items whose tags come before that of its last one. For a single text above the mean size
-        this is an upper bound: its tag is lower than its tokens say.
-        """
-        last, ahead = self._virtual + own_tokens, 0.0
-        for tag, _, other in self._heap:
-            if other.open and tag <= last:
-                first = other.lengths[other.order[0]]
-                ahead += first + min(other.waiting_tokens - first, last - tag)
+        """Return how long a request of so many tokens would wait for others."""
+        ahead = self._order.ahead(own_tokens)
         return self.cost.fixed_ms * -(-ahead // self.budget) + self.cost.token_ms * ahead
 
     def admit(self, ticket: Ticket, now_s: float, *, bounded: bool = True) -> None:
@@ -241,14 +211,9 @@ class FairQueue:
         count, tokens = len(ticket.lengths), sum(ticket.lengths)
         if bounded:
             self._check_room(ticket, count, tokens, now_s)
-        ticket.order = sorted(range(count), key=lambda i: -ticket.lengths[i])
-        ticket.number, ticket.waiting_tokens, ticket.open = next(self._numbers), tokens, True
         ticket.admitted_s, ticket.own_ms = now_s, self.cost.batch_ms(tokens)
         self._overload.admitted(now_s, self._pause_ms)
-        self._tickets += 1
-        self.tokens += tokens
-        self.items += count
-        self._push(ticket, self._virtual + min(ticket.lengths[ticket.order[0]], self._mean_tokens))
+        self._order.add(ticket, self._mean_tokens)
 
     def _check_room(self, ticket: Ticket, count: int, tokens: int, now_s: float) -> None:
         self._learn_size(tokens)
@@ -259,7 +224,7 @@ class FairQueue:
             (self.tokens, tokens, settings.max_waiting_tokens, "tokens"),
             (self.items, count, settings.max_waiting_items, "texts"),
         ):
-            if self._tickets and waiting + own > limit:
+            if len(self) and waiting + own > limit:
                 self.refuse(f"{waiting} {what} are waiting and this request has {own}; the limit is {limit}")
         own_ms = self.cost.batch_ms(tokens, sum(length * length for length in ticket.lengths) / tokens)
         try:
@@ -273,7 +238,7 @@ class FairQueue:
     def _may_probe(self, ticket: Ticket, own_ms: float, now_s: float) -> bool:
         """Whether the engine has been idle for long enough to try a request that should take `own_ms`."""
         idle_s = now_s - self.busy_until_s
-        if self._tickets or ticket.deadline_s is None or idle_s < max(_PROBE_S, _PROBE_TIMES * 1e-3 * own_ms):
+        if len(self) or ticket.deadline_s is None or idle_s < max(_PROBE_S, _PROBE_TIMES * 1e-3 * own_ms):
             return False
         return _PROBE_FASTER * (ticket.deadline_s - now_s) > 1e-3 * own_ms
 
@@ -287,27 +252,26 @@ class FairQueue:
         if not ticket.open:
             return
         self._discount(ticket.own_ms, now_s, ticket.admitted_s)
-        self._close(ticket)
+        self._order.drop(ticket)
         ticket.payload = None
         self._rest(self._overload.latest_s)
-        if len(self._heap) > 2 * self._tickets + _CLOSED:
-            self._heap = [entry for entry in self._heap if entry[2].open]
-            heapq.heapify(self._heap)
 
     def next_batch(self, now_s: float) -> Planned | None:
         """Take the next batch out of the queue; None when nothing waits. What expired is dropped first."""
-        candidates = self._candidates(now_s)
+
+        def is_late(ticket: Ticket) -> bool:
+            return ticket.deadline_s is not None and now_s + 1e-3 * self._least_ms(ticket) > ticket.deadline_s
+
+        candidates, late = self._order.candidates(self.budget, self._limits.max_batch_rows, is_late)
+        self.expired += late
+        self._rest(now_s)
         if not candidates:
             return None
         lengths = [ticket.lengths[index] for ticket, index in candidates]
         together = fill(lengths, self.budget, self._limits.max_batch_rows, self.cost.break_even_tokens, self._shape)
         chosen = [candidates[k] for k in together]
-        self._virtual = max(self._virtual, candidates[0][0].tag)
-        taken: dict[Ticket, list[int]] = {ticket: [] for ticket, _ in candidates}
-        for ticket, index in chosen:
-            taken[ticket].append(index)
-        for ticket, indices in taken.items():
-            self._take(ticket, indices)
+        for _ in range(self._order.take(candidates, chosen)):
+            self._overload.done_with()
         self._overload.batch()
         planned = Planned(chosen, max(ticket.lengths[index] for ticket, index in chosen))
         self._passed_tokens = max(0.0, self._passed_tokens - _SMALL_SHARE * planned.tokens)
@@ -316,67 +280,14 @@ class FairQueue:
         self._rest(self.busy_until_s)  # while the batch runs nothing can be served: a pause begins after it
         return planned
 
-    def _candidates(self, now_s: float) -> list[tuple[Ticket, int]]:
-        """Take tickets off the heap until enough items are known, the one whose turn it is first."""
-        found: list[tuple[Ticket, int]] = []
-        tokens, budget, rows = 0, self.budget, self._limits.max_batch_rows
-        while self._heap and len(found) < _CANDIDATE_ITEMS and tokens < 4 * budget:
-            _, _, ticket = heapq.heappop(self._heap)
-            if not ticket.open:
-                continue
-            if ticket.deadline_s is not None and now_s + 1e-3 * self._least_ms(ticket) > ticket.deadline_s:
-                self._close(ticket)
-                self.expired.append(ticket)
-                continue
-            # No more of one request than a batch takes: whoever comes after it has a chance to be in this round.
-            width = ticket.lengths[ticket.order[0]]
-            most = min(rows, max(1, budget // width))
-            for index in ticket.order[:most]:
-                found.append((ticket, index))
-                tokens += ticket.lengths[index]
-        self._rest(now_s)
-        return found
-
     def _least_ms(self, ticket: Ticket) -> float:
         """Return the time that what is left of a request takes when it has the engine to itself."""
         return self.cost.batch_ms(ticket.waiting_tokens) if self.cost.observations and not ticket.probe else 0.0
 
-    def _take(self, ticket: Ticket, indices: list[int]) -> None:
-        """Count items of a ticket that was off the heap as served, and put it back where its next item stands."""
-        if not indices:
-            heapq.heappush(self._heap, (ticket.tag, ticket.number, ticket))
-            return
-        first = ticket.lengths[ticket.order[0]]
-        served = sum(ticket.lengths[i] for i in indices)
-        gone = set(indices)
-        ticket.order = [i for i in ticket.order if i not in gone] if len(ticket.lengths) > 1 else []
-        ticket.waiting_tokens -= served
-        self.tokens -= served
-        self.items -= len(indices)
-        if ticket.order:
-            # The tag was that of its first item; what was served besides counts as well.
-            self._push(ticket, ticket.tag + served - first + ticket.lengths[ticket.order[0]])
-        else:
-            ticket.open = False
-            self._tickets -= 1
-            self._overload.done_with()
-
-    def _push(self, ticket: Ticket, tag: float) -> None:
-        ticket.tag = tag
-        heapq.heappush(self._heap, (ticket.tag, ticket.number, ticket))
-
-    def _close(self, ticket: Ticket) -> None:
-        """Forget what is left of a request; its place in the heap is skipped when it comes up."""
-        ticket.open = False
-        self._tickets -= 1
-        self.items -= len(ticket.order)
-        self.tokens -= ticket.waiting_tokens
-
     def _rest(self, now_s: float) -> None:
-        """Begin anew where nothing waits."""
-        if not self._tickets:
-            self._heap.clear()
-            self._virtual = self._passed_tokens = 0.0
+        """Take note where nothing waits."""
+        if not len(self):
+            self._passed_tokens = 0.0
             self._overload.empty(now_s)
 
     def refuse(self, reason: str) -> NoReturn:

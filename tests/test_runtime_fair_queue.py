@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from runtime.engines.buckets import Bucket, computed_tokens
 from runtime.errors import DeadlineError, InputError, OverloadedError
-from runtime.scheduler import FairQueue, Ticket
+from runtime.fair_order import Ticket
+from runtime.scheduler import FairQueue
 from runtime.settings import PRESETS, Limits
 from tests.queues import drain, known, queue
 

@@ -8,8 +8,9 @@ import random
 import pytest
 
 from runtime.errors import DeadlineError, OverloadedError
+from runtime.fair_order import Ticket
 from runtime.overload import Pressure
-from runtime.scheduler import FairQueue, Ticket
+from runtime.scheduler import FairQueue
 from runtime.settings import Limits, SchedulingSettings
 from tests.queues import drain, known, queue
 
@@ -170,7 +171,7 @@ def test_after_a_pause_a_burst_is_let_in_again(golden: bool, cancelled: bool) ->
     """However the queue came to be empty, and though a golden check passes in between without asking at the door."""
     line, now_s = overloaded()
     if cancelled:
-        for _, _, ticket in list(line._heap):
+        for _, _, ticket in list(line._order._heap):
             line.cancel(ticket, now_s)
     drain(line, now_s)
     if golden:
@@ -334,7 +335,7 @@ def test_cancelled_requests_leave_nothing_in_the_heap() -> None:
         line.admit(ticket, 0.0, bounded=False)
         line.cancel(ticket, 0.0)
         assert ticket.payload is None
-        assert len(line._heap) <= 100
+        assert len(line._order._heap) <= 100
     planned = line.next_batch(0.0)
     assert planned is not None
     assert [ticket.payload for ticket, _ in planned.rows] == ["kept"]

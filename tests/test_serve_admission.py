@@ -50,7 +50,7 @@ def test_requests_that_are_wrong_are_not_taken_for_overload(embedder: Embedder) 
     """They pass the door and never reach the engine: others must not be refused because of them."""
     engine, own = held(embedder)
     with InProcess(own, scheduling=SchedulingSettings(burst_ms=1.0, max_wait_ms=1e9)) as server:
-        queue = server.model.pipeline._queue
+        queue = server.model.pipeline._turns._queue
         queue.cost.observe(1, 1000.0)
         absent = pb.EmbedRequest(input=pb.EmbedInput(texts=["a"], prompt_name="no such prompt"))
         with server.channel() as channel:
@@ -78,7 +78,7 @@ def test_what_cannot_be_admitted_is_refused_without_being_tokenized(
         with EmbeddingClient(server.grpc) as client:
             client.embed(["what a text has in tokens is learned from one"])
         # Of whatever the engine takes for a batch, so that what is waited for is in the test's hand.
-        cost = server.model.pipeline._queue.cost
+        cost = server.model.pipeline._turns._queue.cost
         for tokens in [1, 1000] * 500:
             cost.observe(tokens, 10.0 * tokens)
         tokenized: list[int] = []
@@ -157,7 +157,7 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once(embedder: Embedder) ->
     engine, own = held(embedder)
     with InProcess(own, scheduling=scheduling()) as server, server.channel() as channel:
         stub = server.stub(channel)
-        cost = server.model.pipeline._queue.cost
+        cost = server.model.pipeline._turns._queue.cost
         for tokens in (1, 10, 100, 1000):
             cost.observe(tokens, 1000.0 * tokens)
         first = stub.Embed.future(ids_request([5, 6]))

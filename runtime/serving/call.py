@@ -38,6 +38,11 @@ class EmbedCall:
         """Number of texts or token id lists."""
         return len(self.texts) or len(self.token_ids)
 
+    @property
+    def left_s(self) -> float | None:
+        """The time until the deadline, 0 when it has passed; None without one."""
+        return None if self.deadline_s is None else max(self.deadline_s - time.perf_counter(), 0.0)
+
     def check(self, max_items: int) -> None:
         """Check what needs no tokenizer. Raises InputError."""
         if len(self.texts) and len(self.token_ids):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.scheduler import Ticket
+from runtime.fair_order import Ticket
 from runtime.serving.call import EmbedCall, Stopwatch
 from runtime.tokenizer import TokenizedText
 

@@ -1,10 +1,8 @@
-"""One engine and its queue: tokenize, wait for a turn, run, hand out. Knows no protocol.
+"""One engine and its requests: tokenize, wait for a turn, run, hand out. Knows no protocol.
 
-`answer` blocks the thread that calls it, `embed` is a coroutine; both lead through the same queue. Whoever finds the
-engine idle takes it and runs its own batch itself: at low load a request is tokenized and computed on the thread that
-received it, without a single hand-over, each of which costs more than a short text's tokenization. Whatever came
-meanwhile is served by the engine's thread, until the queue is empty. While it computes, the threads of other requests
-tokenize, so that the next batch waits ready when the engine is free.
+`answer` blocks the thread that calls it, `embed` is a coroutine; both lead through the same queue. At low load a
+request is tokenized and computed on the thread that received it (see `turns`). While the engine computes, the threads
+of other requests tokenize, so that the next batch waits ready when the engine is free.
 """
 
 from __future__ import annotations
@@ -12,37 +10,27 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.batching import Shape
 from runtime.embedder import Embedder
-from runtime.engines.buckets import computed_tokens
 from runtime.errors import AbandonedError, DeadlineError, EngineError, F2rtError, UnavailableError
-from runtime.scheduler import FairQueue, Planned, Ticket
-from runtime.serving.batches import Batches, Rows
 from runtime.serving.call import EmbedCall, EmbedReply
 from runtime.serving.job import Job
 from runtime.serving.metrics import EngineMetrics
 from runtime.serving.tokenizing import Tokenizing
+from runtime.serving.turns import Turns
 from runtime.settings import SchedulingSettings
 from runtime.tokenizer import Instruction, TokenizedText, Truncate
 
 _WORKERS = 2  # threads that tokenize for coroutines, and one more for long texts, which short ones do not wait for
-_SURELY_IN_TIME = 3.0  # times what a batch should take
 _AT_THE_DEADLINE_S = 0.05  # a caller's clock started earlier than ours
 
 Result = TypeVar("Result")
 _Inbox = queue.SimpleQueue[Callable[[], None] | None]
-
-
-def _left_s(call: EmbedCall) -> float | None:
-    """Return the time until a call's deadline, 0 when it has passed; None without one."""
-    return None if call.deadline_s is None else max(call.deadline_s - time.perf_counter(), 0.0)
 
 
 def _late() -> DeadlineError:
@@ -58,21 +46,11 @@ class Pipeline:
         """Start the threads. Must be called inside the event loop."""
         self.embedder = embedder
         self.on_engine_error: Callable[[EngineError], None] = lambda error: None  # called in the event loop
-        self._scheduling = scheduling
         self._tokenizing = Tokenizing(embedder, truncate)
-        self._batches = Batches(embedder, self._ran, self._fail)
-        self._metrics = metrics
         self._loop = asyncio.get_running_loop()
-        buckets = embedder.loaded.engine.buckets
-        self._shape: Shape = lambda rows, width: computed_tokens(buckets, rows, width)
-        # One lock for the queue, who has the engine, and how many calls are open.
-        self._lock = threading.Lock()
-        self._handed_over = threading.Condition(self._lock)
-        self._company = threading.Condition(self._lock)
-        self._queue = FairQueue(embedder.limits, scheduling, shape=self._shape)
+        self._turns = Turns(embedder, scheduling, metrics, self._engine_failed)
+        self._lock = threading.Lock()  # for how many calls are open
         self._most_open = scheduling.max_waiting_requests + embedder.limits.max_batch_rows
-        self._taken = False
-        self._called = False  # for the engine's thread
         self._open = 0
         self._idle: list[asyncio.Event] = []
         self._closed = False
@@ -82,25 +60,21 @@ class Pipeline:
             threading.Thread(target=self._work, args=[inbox], name=f"f2rt-worker-{i}", daemon=True)
             for i, inbox in enumerate([*[self._inbox] * _WORKERS, self._long_inbox])
         ]
-        self._threads.append(threading.Thread(target=self._serve, name="f2rt-engine", daemon=True))
         for thread in self._threads:
             thread.start()
 
     @property
     def waiting(self) -> tuple[int, int, int]:
         """Requests, items and tokens in the queue."""
-        return len(self._queue), self._queue.items, self._queue.tokens
+        return self._turns.waiting
 
     def foreseen_wait_s(self, items: Sequence[TokenizedText]) -> float:
         """Return how long some items should wait for the batch that runs now and for what is in the queue."""
-        with self._lock:
-            running_s = max(self._queue.busy_until_s - time.perf_counter(), 0.0)
-            return running_s + 1e-3 * self._queue.wait_ms(sum(len(item.ids) for item in items))
+        return self._turns.foreseen_wait_s(items)
 
     def learn(self, rows: int, width: int, seconds: float) -> None:
         """Take note of what a batch cost."""
-        with self._lock:
-            self._queue.cost.observe(self._shape(rows, width), 1e3 * seconds, width)
+        self._turns.learn(rows, width, seconds)
 
     # --- for threads
 
@@ -132,18 +106,18 @@ class Pipeline:
         job = Job(call, ended.release)
         begun(job)
         while not job.done and not self._tokenize(job):
-            if _left_s(call) == 0:
+            if call.left_s == 0:
                 self._too_late(job)
-        if self._admit(job):
-            if self._may_lead(job):
-                self._lead(job)
+        if self._turns.admit(job):
+            if self._turns.may_lead(job):
+                self._turns.lead(job)
             else:
-                self._hand_over()
-        left_s = _left_s(call)
+                self._turns.hand_over()
+        left_s = call.left_s
         if not ended.acquire(timeout=-1 if left_s is None else min(left_s, threading.TIMEOUT_MAX)):
             self._too_late(job)
             ended.acquire()  # whoever ended it may not have said how yet
-        if _left_s(call) == 0 and job.error is None:
+        if call.left_s == 0 and job.error is None:
             raise _late()
         return self._reply(job)
 
@@ -154,8 +128,7 @@ class Pipeline:
 
         Raises InputError, NotFoundError, OverloadedError.
         """
-        with self._lock:
-            self._check_open()
+        self._check_open()
         return self._tokenizing.tokenize(texts, instruction, truncate)
 
     def abandon(self, job: Job) -> None:
@@ -163,11 +136,8 @@ class Pipeline:
 
         It ends as cancelled, or as too late: a caller who gives up at the deadline is heard of a moment before it.
         """
-        with self._lock:
-            job.abandoned = True
-            if job.ticket is not None:
-                self._queue.cancel(job.ticket, time.perf_counter())
-        left_s = _left_s(job.call)
+        self._turns.abandon(job)
+        left_s = job.call.left_s
         late = left_s is not None and left_s < _AT_THE_DEADLINE_S
         job.end(_late() if late else AbandonedError("the caller went away before the answer was ready."))
 
@@ -183,8 +153,8 @@ class Pipeline:
         """Return unit vectors float32 [items, dim] of tokenized texts, whatever else waits to be tokenized or run."""
 
         def admit(job: Job) -> None:
-            if self._admit(job, bounded=False):
-                self._hand_over()
+            if self._turns.admit(job, bounded=False):
+                self._turns.hand_over()
 
         job = await self._finished(lambda ended: Job(EmbedCall(), ended, items), lambda job: self._guarded(job, admit))
         if job.error is not None:
@@ -223,13 +193,13 @@ class Pipeline:
             if self._closed:
                 return
             self._closed = True
-            self._handed_over.notify_all()
         for inbox in (*[self._inbox] * _WORKERS, self._long_inbox):
             inbox.put(None)
 
         def join() -> None:
             for thread in self._threads:
                 thread.join()
+            self._turns.close()  # after the workers, which may leave it something to serve
             self.embedder.close()
 
         await self._loop.run_in_executor(None, join)
@@ -240,7 +210,7 @@ class Pipeline:
         job = make(lambda: self._call_soon(event.set))
         begin(job)
         try:
-            async with asyncio.timeout(_left_s(job.call)):
+            async with asyncio.timeout(job.call.left_s):
                 await event.wait()
         except TimeoutError:
             self._too_late(job)
@@ -258,15 +228,14 @@ class Pipeline:
         self.embedder.check_dimensions(call.dimensions)
         # With an empty queue nothing is refused, and nothing needs to be foreseen. Token ids are counted when they are
         # unpacked, which costs no more than counting them here.
-        tokens = self._tokenizing.foresee(call) if len(self._queue) else 0
-        with self._lock:
-            self._check_open()
-            self._queue.check_door(time.perf_counter(), tokens, call.deadline_s)
+        tokens = self._tokenizing.foresee(call) if self._turns.waiting[0] else 0
+        self._check_open()
+        self._turns.check_door(tokens, call.deadline_s)
 
     def _check_open(self) -> None:
         """Refuse one too many of those that wait, run, or are tokenized or refused just now: each has a thread."""
         if self._open > self._most_open:
-            self._queue.refuse(f"{self._open - 1} requests are at work; the limit is {self._most_open}")
+            self._turns.refuse(f"{self._open - 1} requests are at work; the limit is {self._most_open}")
 
     def _too_late(self, job: Job) -> None:
         """End a request whose deadline has passed, whatever the engine is busy with, and drop what waits of it."""
@@ -287,8 +256,7 @@ class Pipeline:
         try:
             return self._tokenizing.take_part(job)
         except F2rtError:
-            with self._lock:
-                self._queue.turned_away()
+            self._turns.turned_away()
             raise
 
     def _put_in_line(self, job: Job) -> None:
@@ -300,8 +268,8 @@ class Pipeline:
         """Tokenize a part of a request, and go to the end of the line for the rest; then queue it."""
         if not self._tokenize(job):
             self._put_in_line(job)
-        elif self._admit(job):
-            self._lead(job)
+        elif self._turns.admit(job):
+            self._turns.lead(job)
 
     def _guarded(self, job: Job, work: Callable[[Job], None]) -> None:
         """Go on with a request, unless it has ended: nobody waits for it then."""
@@ -312,96 +280,8 @@ class Pipeline:
         except Exception as error:  # noqa: BLE001  (whoever waits for it gets it)
             job.end(error)
 
-    def _admit(self, job: Job, *, bounded: bool = True) -> bool:
-        """Queue a tokenized request; returns whether this thread now has the engine. Raises as `FairQueue.admit`."""
-        now_s = job.watch.tokenized_s = time.perf_counter()
-        ticket = Ticket([len(item.ids) for item in job.items], job.call.deadline_s, payload=job)
-        job.left = len(ticket.lengths)
-        with self._lock:
-            if job.abandoned:
-                return False
-            self._queue.admit(ticket, now_s, bounded=bounded)
-            job.ticket = ticket
-            if self._taken:
-                if self._queue.tokens >= self._queue.budget:
-                    self._company.notify_all()
-                return False
-            self._taken = True
-            return True
-
-    def _may_lead(self, job: Job) -> bool:
-        """Whether a thread may compute that also has to answer by its deadline."""
-        left_s = _left_s(job.call)
-        tokens = sum(len(item.ids) for item in job.items) if left_s is not None else 0
-        return left_s is None or 1e3 * left_s > _SURELY_IN_TIME * self._queue.cost.batch_ms(tokens)
-
-    def _hand_over(self) -> None:
-        """Have the engine's thread serve the queue, in place of this one."""
-        with self._lock:
-            self._called = True
-            self._handed_over.notify()
-
-    def _lead(self, job: Job) -> None:
-        """Run batches until this thread's own request is done; the rest is for the engine's thread."""
-        gather_s = 1e-3 * self._scheduling.gather_ms
-        if gather_s:
-            with self._company:
-                self._company.wait_for(lambda: self._queue.tokens >= self._queue.budget, gather_s)
-        while not job.done:
-            if not self._run_next():
-                return
-        with self._lock:
-            self._taken = self._called = len(self._queue) > 0
-            if self._called:
-                self._handed_over.notify()
-
-    def _serve(self) -> None:
-        """Be the engine's thread: serve the queue whenever it is handed over."""
-        while True:
-            with self._lock:
-                while not self._called and not self._closed:
-                    self._handed_over.wait()
-                if not self._called:
-                    return
-                self._called = False
-            while self._run_next():
-                pass
-
-    def _run_next(self) -> bool:
-        """Run the next batch. When there is none, the engine is given back, and the answer is False."""
-        with self._lock:
-            planned = self._queue.next_batch(time.perf_counter())
-            # Read here: a ticket that is cancelled has no payload any more.
-            expired = [ticket.payload for ticket in self._queue.expired]
-            self._queue.expired = []
-            jobs: Rows = [(ticket.payload, index) for ticket, index in planned.rows] if planned else []
-            if planned is None:
-                self._taken = False
-        for job in expired:
-            job.end(DeadlineError("the deadline would pass before the answer is ready.", cure="Allow more time."))
-        if planned is None:
-            return False
-        try:
-            self._batches.run(planned, jobs)
-        except Exception as error:  # noqa: BLE001  (a fault of ours must not take the engine along with it)
-            self._fail({job for job, _ in jobs}, self._batches.unexpected(error, planned.width, len(jobs)))
-        return True
-
-    def _ran(self, rows: int, planned: Planned, took_s: float) -> None:
-        """Take note of a batch that was run as planned."""
-        self.learn(rows, planned.width, took_s)
-        self._metrics.batch(rows, planned.tokens, self._shape(rows, planned.width), took_s)
-
-    def _fail(self, jobs: Iterable[Job], error: Exception) -> None:
-        with self._lock:
-            for job in jobs:
-                if job.ticket is not None:
-                    self._queue.cancel(job.ticket, time.perf_counter())
-        for job in jobs:
-            job.end(error)
-        if isinstance(error, EngineError):
-            failure = error
-            self._call_soon(lambda: self.on_engine_error(failure))
+    def _engine_failed(self, error: EngineError) -> None:
+        self._call_soon(lambda: self.on_engine_error(error))
 
     def _work(self, inbox: _Inbox) -> None:
         while (work := inbox.get()) is not None:
