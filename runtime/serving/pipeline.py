@@ -226,8 +226,7 @@ class Pipeline:
         """Refuse what needs no tokenizer to be refused."""
         call.check(self.embedder.limits.max_items)
         self.embedder.check_dimensions(call.dimensions)
-        # With an empty queue nothing is refused, and nothing needs to be foreseen. Token ids are counted when they are
-        # unpacked, which costs no more than counting them here.
+        # With an empty queue nothing is refused, and nothing needs to be foreseen.
         tokens = self._tokenizing.foresee(call) if self._turns.waiting[0] else 0
         self._check_open()
         self._turns.check_door(tokens, call.deadline_s)

@@ -28,12 +28,12 @@ class Tokenizing:
         self._long = threading.Semaphore(_LONG_AT_A_TIME)
 
     def foresee(self, call: EmbedCall) -> int:
-        """Return about how many tokens a request's texts will have, from their bytes; 0 for one of token ids.
+        """Return about how many tokens a request's texts will have, from their bytes, or how many ids it has.
 
         Raises InputError, NotFoundError for an instruction that the contract does not have.
         """
         if not call.texts:
-            return 0
+            return sum(map(len, call.token_ids))
         prompt = self._embedder.loaded.tokenizer.prompt_text(call.instruction)
         return self._density.tokens(prompt, call.texts, self._embedder.contract.max_tokens)
 
