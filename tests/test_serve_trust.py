@@ -9,6 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -24,7 +25,8 @@ from runtime._pb.f2rt.v1 import embedding_pb2 as pb
 from runtime.bundle import MANIFEST, Bundle, open_bundle, write_manifest
 from runtime.client import EmbeddingClient
 from runtime.embedder import Embedder, open_embedder
-from runtime.errors import BundleError, EngineError, InputError, NotFoundError, UnavailableError
+from runtime.errors import BundleError, DeadlineError, EngineError, InputError, NotFoundError, UnavailableError
+from runtime.serving import model as model_module
 from runtime.serving.metrics import EngineMetrics
 from runtime.serving.pipeline import Pipeline
 from runtime.serving.shadow import Shadow
@@ -223,6 +225,32 @@ def test_a_reload_that_fails_leaves_the_old_engine(bundle_copy: Bundle) -> None:
         assert np.array_equal(after.vectors, before.vectors)
         assert server.metric("f2rt_reloads_total", model="mini", outcome="failed") == 3
         assert client.ready()
+
+
+def test_a_reload_whose_caller_is_gone_when_its_turn_comes_is_none(
+    bundle_copy: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go, loads = threading.Event(), []
+    load = model_module.load
+
+    def held_load(*arguments: Any) -> Any:
+        loads.append(1)
+        assert go.wait(START_S)
+        return load(*arguments)
+
+    with InProcess(open_embedder(bundle_copy, "onnxruntime:fp32")) as server, ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr(model_module, "load", held_load)
+        with EmbeddingClient(server.grpc) as patient, EmbeddingClient(server.grpc, timeout_s=0.5) as hasty:
+            first = pool.submit(patient.reload)
+            wait_until(lambda: len(loads) == 1)
+            for _ in range(3):
+                with pytest.raises(DeadlineError):
+                    hasty.reload()
+            go.set()
+            first.result()
+            patient.reload()  # behind the three, and so after them
+            assert len(loads) == 2
+            assert np.isfinite(patient.embed(["a"]).vectors).all()
 
 
 def test_a_reload_takes_what_is_on_disk_now(bundle_copy: Bundle) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from runtime import golden
 from runtime.bundle import open_bundle
 from runtime.embedder import Embedder, open_embedder
-from runtime.errors import F2rtError, UnavailableError
+from runtime.errors import AbandonedError, F2rtError, UnavailableError
 from runtime.gate import open_gate
 from runtime.serving.call import EmbedCall, EmbedReply
 from runtime.serving.job import Job
@@ -169,12 +169,15 @@ class Model:
         """Run every shape that matters, so that the first request pays for none."""
         await asyncio.get_running_loop().run_in_executor(None, warm_up, self.pipeline)
 
-    async def reload(self, engine: str | None = None) -> Reloaded:
+    async def reload(self, engine: str | None = None, *, wanted: Callable[[], bool] = lambda: True) -> Reloaded:
         """Load the bundle again beside what answers, prove and warm it, and switch; a second one waits for the first.
 
         `engine` names another engine of the bundle. Raises what `load` raises; the old engine then answers on.
+        One that is not `wanted` any more when its turn comes raises AbandonedError; what has begun is ended.
         """
         async with self._reloading:
+            if not wanted():
+                raise AbandonedError("the caller went away before the reload began.")
             old, loop = self.pipeline, asyncio.get_running_loop()
             spec = self.spec if engine is None else self.spec.with_engine(engine)
             try:

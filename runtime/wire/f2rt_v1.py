@@ -220,7 +220,7 @@ class EmbeddingService:
         except F2rtError as error:
             log.error("a reload was asked for, and everything stays as it was: %s", error)
             raise
-        reloading = self._models.get(request.model).reload(request.engine or None)
+        reloading = self._models.get(request.model).reload(request.engine or None, wanted=context.is_active)
         done = asyncio.run_coroutine_threadsafe(reloading, self._loop).result()
         return pb.ReloadResponse(
             model=done.model,
