@@ -120,6 +120,8 @@ async def open_models(
         counted = EngineMetrics(metrics, f"{first.name}-shadow")
         pipeline = Pipeline(embedder, settings.scheduling, settings.truncate, counted)
         first.shadow = Shadow(pipeline, first.embedder.bundle.manifest.tokenizer.sha256, first.name, shadow, metrics)
+        looking_on = f"{embedder.loaded.record.full_name} of {shadow.bundle}"
+        log.info("model %s: %g %% of requests are shown to the shadow %s", first.name, 100 * shadow.share, looking_on)
     tracer = OtlpTracer(settings.otlp_endpoint, runtime.__version__) if settings.otlp_endpoint else None
     return Models(models, metrics, log_requests=settings.access_log, tracer=tracer)
 

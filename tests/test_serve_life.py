@@ -157,6 +157,20 @@ def test_a_unix_socket(bundle: Bundle, embedder: Embedder, tmp_path: Path) -> No
         assert server.stop() == 0
 
 
+def test_a_shadow_looks_on(bundle: Bundle) -> None:
+    shadow = ("--shadow", f"{bundle.folder}@onnxruntime:fp32", "--set", "shadow_share=1")
+    with ServerProcess(bundle.folder, *shadow, http=True) as server, server.client() as client:
+        line = f"model mini: 100 % of requests are shown to the shadow onnxruntime:fp32 of {bundle.folder}"
+        assert any(line in one for one in server.log)
+        client.embed(TEXTS)
+        end = time.monotonic() + START_S
+        seen = f'f2rt_shadow_drift_count{{model="mini"}} {len(TEXTS)}'
+        while seen not in httpx.get(f"http://{server.http}/metrics", trust_env=False).text:
+            assert time.monotonic() < end, "the shadow saw nothing"
+            time.sleep(0.05)
+        assert server.stop() == 0
+
+
 def refused(*arguments: str) -> str:
     """Run `f2rt serve`, expect it to refuse, and return its standard error."""
     done = f2rt("serve", *arguments)
