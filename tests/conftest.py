@@ -14,6 +14,7 @@ import numpy as np
 import onnxruntime
 import pytest
 from filelock import FileLock
+from hypothesis import HealthCheck, settings
 from numpy.typing import NDArray
 
 from bench.stock_export import export_stock
@@ -38,6 +39,10 @@ from tests.verdicts import TEXTS
 
 ROOT = Path(__file__).resolve().parent.parent
 Shared = Callable[[str, Callable[[Path], object]], Path]
+
+# How long an example takes says how busy the machine is, and nothing of what is tested.
+settings.register_profile("f2rt", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("f2rt")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

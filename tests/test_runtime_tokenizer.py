@@ -130,7 +130,7 @@ def test_special_tokens_spelt_in_a_text_are_read_as_transformers_does(
     assert item.ids.count(contract.eos_id) == text.count("<|im_end|>") + 1
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.text(max_size=60))
 def test_any_text_gives_the_ids_of_transformers(tokenizer: TextTokenizer, theirs: Any, text: str) -> None:
     assert tokenizer.encode([text])[0].ids == theirs(text)["input_ids"]
@@ -207,7 +207,7 @@ def test_prompt_that_leaves_no_room_is_refused(path: Path, contract: Contract, t
     assert "prompt" in caught.value.cure
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.text(min_size=1, max_size=40), st.integers(2, 12), st.sampled_from([Truncate.END, Truncate.START]))
 def test_truncated_text_ends_with_eos(
     path: Path, contract: Contract, tokenizer: TextTokenizer, text: str, limit: int, truncate: Truncate
