@@ -126,7 +126,7 @@ def test_a_refusal_has_the_requests_id(web: httpx.Client, served: InProcess, cap
 def test_what_a_refusal_quotes_is_cut(web: httpx.Client) -> None:
     for field in ("prompt_name", "model", "input_type"):
         answer = web.post("/v1/embeddings", json={"input": "a", field: "x" * 200_000})
-        refused(answer, 400 if field == "input_type" else 404)
+        refused(answer, 400 if field == "input_type" else 404, "Give one of: query" if field == "input_type" else "")
         assert len(answer.content) < 1000
 
 

@@ -28,6 +28,7 @@ from runtime.server import is_loopback
 from runtime.settings import ServeSettings
 from runtime.wire.f2rt_v1 import SERVICE_NAME
 from tests.serving import LONG, SERVING, START_S, TEXTS, ServerProcess, f2rt, failure, wait_until_busy
+from tests.serving_in_process import wait_until
 
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -163,11 +164,8 @@ def test_a_shadow_looks_on(bundle: Bundle) -> None:
         line = f"model mini: 100 % of requests are shown to the shadow onnxruntime:fp32 of {bundle.folder}"
         assert any(line in one for one in server.log)
         client.embed(TEXTS)
-        end = time.monotonic() + START_S
         seen = f'f2rt_shadow_drift_count{{model="mini"}} {len(TEXTS)}'
-        while seen not in httpx.get(f"http://{server.http}/metrics", trust_env=False).text:
-            assert time.monotonic() < end, "the shadow saw nothing"
-            time.sleep(0.05)
+        wait_until(lambda: seen in httpx.get(f"http://{server.http}/metrics", trust_env=False).text)
         assert server.stop() == 0
 
 

@@ -13,6 +13,11 @@ from runtime.errors import InputError
 from runtime.tokenizer import Instruction, TokenizedText, Truncate
 
 
+def left_s(deadline_s: float | None) -> float | None:
+    """Return the seconds until a time of `time.perf_counter`, 0 when it has passed; None without one."""
+    return None if deadline_s is None else max(deadline_s - time.perf_counter(), 0.0)
+
+
 @dataclass(frozen=True)
 class EmbedCall:
     """Texts, or token ids used verbatim, and what to do with them. What is None is the model's or server's default.
@@ -41,7 +46,7 @@ class EmbedCall:
     @property
     def left_s(self) -> float | None:
         """The time until the deadline, 0 when it has passed; None without one."""
-        return None if self.deadline_s is None else max(self.deadline_s - time.perf_counter(), 0.0)
+        return left_s(self.deadline_s)
 
     def check(self, max_items: int) -> None:
         """Check what needs no tokenizer. Raises InputError."""

@@ -173,7 +173,7 @@ class Model:
         """Load the bundle again beside what answers, prove and warm it, and switch; a second one waits for the first.
 
         `engine` names another engine of the bundle. Raises what `load` raises; the old engine then answers on.
-        One that is not `wanted` any more when its turn comes raises AbandonedError; what has begun is ended.
+        One that is not `wanted` any more when its turn comes raises AbandonedError; what has begun is finished.
         """
         async with self._reloading:
             if not wanted():

@@ -24,6 +24,7 @@ from starlette.routing import Route
 import runtime
 from runtime.errors import AccessError, DeadlineError, F2rtError, InputError, OverloadedError, UnavailableError
 from runtime.serving.access import Keys
+from runtime.serving.call import left_s
 from runtime.serving.metrics import CONTENT_TYPE
 from runtime.serving.model import Model
 from runtime.serving.models import Models, request_id
@@ -267,7 +268,7 @@ def _deadline(request: Request) -> float | None:
 async def _until(deadline_s: float | None) -> AsyncIterator[None]:
     """Do something of a request by its deadline, if it has one. Raises DeadlineError."""
     try:
-        async with asyncio.timeout(None if deadline_s is None else max(deadline_s - time.perf_counter(), 0.0)):
+        async with asyncio.timeout(left_s(deadline_s)):
             yield
     except TimeoutError as error:
         raise DeadlineError("the deadline passed before the request was read.", cure="Allow more time.") from error

@@ -133,9 +133,9 @@ def decode_request(body: bytes, limits: Limits) -> EmbeddingsRequest:
                 f"the body has half a character: \\u{half} without its other half.",
                 cure="Text that was cut in the middle of a character, or lossy decoding, makes these; mend the text.",
             ) from error
+        words = next((words for place, words in _WORDS.items() if problem.endswith(place)), None)
         if len(problem) > _MAX_PROBLEM_CHARS:  # it may quote the name of a field
             problem = f"{problem[:_MAX_PROBLEM_CHARS]}…"
-        words = next((words for place, words in _WORDS.items() if problem.endswith(place)), None)
         cure = f"Give one of: {', '.join(words)}." if words else "See /docs for its fields."
         raise InputError(f"the body is no embeddings request: {problem}.", cure=cure) from error
 
