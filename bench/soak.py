@@ -3,7 +3,8 @@
 Callers embed texts of all lengths over gRPC, KServe and HTTP, cancel, ask what is refused, stream, leave streams in the
 middle, and reload, all the time. Every vector is compared with the one that this process computed beforehand. Memory is
 the resident set of the server's process; growth is taken from the second tenth of the run to the last, since pools and
-caches fill in the first.
+caches fill in the first. It is the median's: what is there between reloads, with the memory that the largest batch
+since the last one needed. The lowest values beside it are those of an engine just loaded: what never goes away.
 """
 
 from __future__ import annotations
@@ -60,28 +61,36 @@ def measure(bundle: Path, engine: str, work: Path, seconds: float) -> Result:
     tenth = max(len(memory) // 10, 1)
     early, late = median([m for _, m in memory[tenth : 2 * tenth]]), median([m for _, m in memory[-tenth:]])
     growth = late / early - 1
+    low_early, low_late = _low([m for _, m in memory[tenth : 2 * tenth]]), _low([m for _, m in memory[-tenth:]])
     wrong = {name: count for name, count in counts.items() if name not in _EXPECTED}
     return Result(
         name="soak",
         title=f"Soak, {bundle.name}, {engine}",
         command=f"python -m bench soak --seconds {seconds:g}",
-        columns=["seconds", "requests", "unexpected", "resident MiB early", "late", "growth"],
+        columns=["seconds", "requests", "unexpected", "resident MiB early", "late", "growth", "lowest tenth"],
         rows=[
             [
                 *(f"{seconds:g}", str(sum(counts.values())), str(sum(wrong.values()))),
                 *(f"{early / 2**20:.1f}", f"{late / 2**20:.1f}", f"{100 * growth:.2f} %"),
+                f"{low_early / 2**20:.1f} to {low_late / 2**20:.1f} ({100 * (low_late / low_early - 1):.2f} %)",
             ]
         ],
         notes=[", ".join(f"{name}: {count}" for name, count in sorted(counts.items()))],
         data={
             "seconds": seconds,
             "growth": growth,
+            "lowest_tenth_growth": low_late / low_early - 1,
             "counts": dict(counts),
             "unexpected": wrong,
             "least_cosine_asked": _LEAST_COSINE,
             "resident_bytes": [[round(at, 1), size] for at, size in memory],
         },
     )
+
+
+def _low(sizes: Sequence[int]) -> int:
+    """Return the value below which a tenth lies."""
+    return sorted(sizes)[len(sizes) // 10]
 
 
 async def _soak(

@@ -127,7 +127,7 @@ async def open_models(
 
 
 async def run(
-    proven: Sequence[tuple[ModelSettings, Proven]],
+    proven: list[tuple[ModelSettings, Proven]],
     engine: EngineSettings,
     settings: ServeSettings,
     *,
@@ -136,13 +136,15 @@ async def run(
 ) -> None:
     """Serve until SIGTERM or SIGINT; SIGHUP reloads. `started` is told the addresses once the server answers.
 
-    `reload_asked`: whether a SIGHUP came before there was anything to reload.
+    `reload_asked`: whether a SIGHUP came before there was anything to reload. `proven` is emptied: an engine that a
+    reload replaces must be held by nobody.
     """
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
     models = await open_models(proven, engine, settings)
+    proven.clear()
     server = Server(models, settings)
     loop.add_signal_handler(signal.SIGHUP, server.reload)
     started(*await server.start())
@@ -220,14 +222,15 @@ def serve(
             missing = " or ".join([*([] if closed else ["key"]), *([] if settings.tls else ["TLS"])])
             log.warning("%s is open to the network without %s", address, missing)
 
+    named = list(zip(models, proven, strict=True))
+    del proven
+    names, fingerprint = ", ".join(m.name + _unverified(one) for m, one in named), named[0][1].embedder.fingerprint
+
     def started(grpc: str, http: str) -> None:
-        first = proven[0].embedder
         if http:
             log.info("serving HTTP on %s", http)
-        names = ", ".join(m.name + _unverified(one) for m, one in zip(models, proven, strict=True))
-        log.info("serving %s on %s, fingerprint %s", names, grpc, first.fingerprint)
+        log.info("serving %s on %s, fingerprint %s", names, grpc, fingerprint)
 
-    named = list(zip(models, proven, strict=True))
     asyncio.run(run(named, engine, settings, started=started, reload_asked=early.is_set))
     log.info("stopped")
 

@@ -93,6 +93,15 @@ def jobs() -> int:
     return sum(type(one) is Job for one in gc.get_objects())
 
 
+def test_an_idle_worker_keeps_no_request(embedder: Embedder) -> None:
+    _, own = held(embedder, permits=1000)
+    with InProcess(own, http=True) as server, client_of(server) as client:
+        before = jobs()
+        assert client.post("/v1/embeddings", json={"input": LONG}).status_code == 200
+        assert client.post("/v1/embeddings", json={"input": "short"}).status_code == 200
+        wait_until(lambda: jobs() == before)
+
+
 def test_a_stream_keeps_neither_what_it_answered_nor_an_engine_that_was_replaced(embedder: Embedder) -> None:
     _, own = held(embedder, permits=100_000)
     with InProcess(own) as server, server.channel() as channel:

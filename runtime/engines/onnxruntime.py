@@ -19,6 +19,7 @@ from runtime.batch import Batch
 from runtime.cores import usable_cores
 from runtime.cpu import has_wide_int8_products
 from runtime.engines.buckets import Bucket
+from runtime.engines.working_memory import WorkingMemory
 from runtime.errors import (
     EngineError,
     F2rtError,
@@ -90,12 +91,20 @@ class OnnxRuntimeEngine:
             ) from error
         if provider == CUDA:
             check_placement(name, self._session)
+        self._memory = WorkingMemory() if provider == CPU else None
+        self._giving_back = onnxruntime.RunOptions()
+        self._giving_back.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 
     def run(self, batch: Batch) -> NDArray[np.float32]:
-        """Return float32 [rows, dim], finite or not. Raises EngineError when the library fails, OutOfMemoryError."""
+        """Return float32 [rows, dim], finite or not. Raises EngineError when the library fails, OutOfMemoryError.
+
+        The library keeps the memory of the largest batch there was; on CPU what has not been needed for a while goes
+        back to the system.
+        """
         feeds = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        excessive = self._memory is not None and self._memory.is_excessive(*batch.input_ids.shape)
         try:
-            (vectors,) = self._session.run([_OUTPUT], feeds)
+            (vectors,) = self._session.run([_OUTPUT], feeds, self._giving_back if excessive else None)
         except Exception as error:
             if is_out_of_memory(error):
                 shape = f"{batch.input_ids.shape[0]} x {batch.input_ids.shape[1]}"

@@ -285,6 +285,7 @@ class Pipeline:
     def _work(self, inbox: _Inbox) -> None:
         while (work := inbox.get()) is not None:
             work()
+            del work  # it holds a request, which waiting for the next one must not
 
     def _call_soon(self, callback: Callable[[], Any]) -> None:
         try:
