@@ -95,6 +95,9 @@ def serving_command(
     per_request: Annotated[int, typer.Option(help="Texts in a request.")] = 16,
     callers: Annotated[int | None, typer.Option(help="Callers at saturation; by default 64 texts' worth.")] = None,
     limit: Annotated[float | None, typer.Option(help="Seconds after which a server is given up.")] = None,
+    open_seconds: Annotated[
+        float | None, typer.Option(help="For each phase of the open loop; by default --seconds.")
+    ] = None,
     leave_out: Annotated[str, typer.Option(help="Peers not to measure, such as vllm,fastapi.")] = "",
     work: WorkOption = None,
     results: ResultsOption = RESULTS,
@@ -103,7 +106,7 @@ def serving_command(
     with console.readable_errors(), _work_folder(work) as folder:
         from bench.serving import Load, measure
 
-        load = Load(seconds, per_request, callers, limit)
+        load = Load(seconds, per_request, callers, limit, open_seconds)
         left_out = [name.strip() for name in leave_out.split(",") if name.strip()]
         result = measure(size, bundle, checkpoint, engine, folder, load, left_out)
         _publish(result, ["grpcio", "numpy", "onnxruntime", "uvicorn"], results)

@@ -19,7 +19,7 @@ import orjson
 from bench.report import percentile
 from runtime._pb.f2rt.v1 import embedding_pb2 as pb
 from runtime._pb.f2rt.v1 import embedding_pb2_grpc as pb_grpc
-from runtime.client import retry_delay_s
+from runtime.client_errors import retry_delay_s
 
 TIMEOUT_S = 60.0
 SETTLED_S = 3.0

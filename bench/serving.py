@@ -83,12 +83,14 @@ class Load:
 
     `callers` of the closed loop are by default as many as keep the engine busy: some answers are on their way while
     others are computed. A server that takes longer than `limit_s` to start, or for all of its phases, is given up.
+    Phases of the open loop take `open_s` where it is given: overload as it lasts, not as it begins.
     """
 
     seconds: float = 15.0
     per_request: int = 16
     callers: int | None = None
     limit_s: float | None = None
+    open_s: float | None = None
 
     @property
     def concurrent(self) -> int:
@@ -181,7 +183,7 @@ async def _phases(
     # Ten times its capacity a server that refuses nothing works off for minutes, and nothing is learned.
     for times in LOADS if not contender.environment else LOADS[:2]:
         capacity = await turn()
-        result.phases[f"{times:g}x"] = await open_loop(ask, requests, times * capacity, seconds)
+        result.phases[f"{times:g}x"] = await open_loop(ask, requests, times * capacity, load.open_s or seconds)
         await closed_loop(ask, requests, 1, 1.0)  # what still waits is worked off
     await turn()
     after = _tokens(server)
@@ -253,7 +255,7 @@ def _result(size: str, command: str, engine: str, load: Load, raw: RawEngine, me
         )
     everything = [rate for one in measured for rate in one.raw]
     return Result(
-        name=f"serving-{size}",
+        name=f"serving-{size}" + ("-lasting" if load.open_s else ""),
         title=f"Serving under load, {size} checkpoint on CPU, {engine}",
         command=command,
         columns=[
@@ -291,6 +293,7 @@ def _command(size: str, engine: str, load: Load, leave_out: Sequence[str]) -> st
     command += f" --per-request {load.per_request}"
     command += f" --callers {load.callers}" if load.callers else ""
     command += f" --limit {load.limit_s:g}" if load.limit_s else ""
+    command += f" --open-seconds {load.open_s:g}" if load.open_s else ""
     return command + (f" --leave-out {','.join(leave_out)}" if leave_out else "")
 
 

@@ -14,7 +14,8 @@ from export.embedded import Embedded, ask, embed_there
 from export.moves import less_precise
 from runtime import golden
 from runtime.bundle import Bundle, EngineRecord
-from runtime.client import EmbeddingClient, ServerInfo
+from runtime.client import EmbeddingClient
+from runtime.client_answers import ServerInfo
 from runtime.errors import MissingExtraError, NotExecutableError
 from runtime.golden import row_cosines
 from runtime.loader import select

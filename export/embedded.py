@@ -22,7 +22,8 @@ from runtime.errors import EngineError, InputError, OverloadedError
 from runtime.tokenizer import Instruction, Truncate
 
 if TYPE_CHECKING:
-    from runtime.client import EmbedAnswer, EmbeddingClient, ServerInfo
+    from runtime.client import EmbeddingClient
+    from runtime.client_answers import EmbedAnswer, ServerInfo
 
 Progress = Callable[[int, int], None]
 

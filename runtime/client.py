@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import grpc
 import numpy as np
-from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from numpy.typing import NDArray
 
 from runtime._pb.f2rt.v1 import embedding_pb2 as pb
 from runtime._pb.f2rt.v1 import embedding_pb2_grpc as pb_grpc
+from runtime.client_answers import EmbedAnswer, EmbeddedItem, ExplainedItem, Reloaded, ServerInfo, Timings
+from runtime.client_errors import error_of, input_errors, retry_delay_s, said_by_a_server
 from runtime.encoding import OutputDType, decode
-from runtime.errors import (
-    ERROR_DOMAIN,
-    AccessError,
-    BundleError,
-    DeadlineError,
-    EngineError,
-    F2rtError,
-    InputError,
-    NotFoundError,
-    OverloadedError,
-    UnavailableError,
-)
+from runtime.errors import F2rtError, InputError, UnavailableError
 from runtime.files import explain_read_errors
 from runtime.tokenizer import Truncate
 
@@ -45,104 +32,8 @@ _TRUNCATE = {
     Truncate.END: pb.TRUNCATE_END,
     Truncate.START: pb.TRUNCATE_START,
 }
-_ERRORS: dict[grpc.StatusCode, type[F2rtError]] = {
-    grpc.StatusCode.INVALID_ARGUMENT: InputError,
-    grpc.StatusCode.NOT_FOUND: NotFoundError,
-    grpc.StatusCode.UNAUTHENTICATED: AccessError,
-    grpc.StatusCode.FAILED_PRECONDITION: BundleError,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: OverloadedError,
-    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineError,
-    grpc.StatusCode.UNAVAILABLE: UnavailableError,
-}
 _START = "Start one: f2rt serve BUNDLE"
 _MAX_MESSAGE_BYTES = 256 << 20  # the default of 4 MiB holds 409 vectors of 2560 dimensions
-
-
-@dataclass(frozen=True)
-class EmbeddedItem:
-    """What became of one text: tokens the engine saw, tokens there were, and whether some were dropped."""
-
-    tokens: int
-    original_tokens: int
-    truncated: bool
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Where the server's time went, in milliseconds."""
-
-    tokenize_ms: float
-    queue_ms: float
-    infer_ms: float
-    total_ms: float
-
-
-@dataclass(frozen=True)
-class EmbedAnswer:
-    """Vectors float32 [items, dim] in the order of the request, and the fingerprint of the engine that made them."""
-
-    vectors: NDArray[np.float32]
-    items: list[EmbeddedItem]
-    timings: Timings
-    fingerprint: str
-    trained_dimension: bool
-    request_id: str
-
-
-@dataclass(frozen=True)
-class ExplainedItem:
-    """What the engine would see: rendered text, ids, their spelling, and the pooled token."""
-
-    rendered: str
-    ids: list[int]
-    tokens: list[str]
-    pooled_position: int
-    pooled_id: int
-    truncated: bool
-    original_tokens: int
-
-
-@dataclass(frozen=True)
-class ServerInfo:
-    """Which engine answers, from which checkpoint, within which limits.
-
-    `unverified` says what a server that allows it lacks of a verdict that stands; "" for a verified engine.
-    """
-
-    model: str
-    revision: str
-    engine: str
-    precision: str
-    fingerprint: str
-    dim: int
-    trained_dims: list[int]
-    max_tokens: int
-    prompts: dict[str, str]
-    default_prompt_name: str
-    default_truncate: Truncate
-    max_items: int
-    max_request_tokens: int
-    license: str
-    verdict: str
-    min_cosine: float
-    version: str
-    selection: str
-    name: str = ""
-    models: list[str] = field(default_factory=list)
-    state: str = ""
-    golden_cosine: float = 0.0
-    unverified: str = ""
-    policy_sha256: str = ""
-
-
-@dataclass(frozen=True)
-class Reloaded:
-    """A switch of engines: the fingerprints before and after, and the new engine's name."""
-
-    model: str
-    old_fingerprint: str
-    new_fingerprint: str
-    engine: str
 
 
 class EmbeddingClient:
@@ -221,7 +112,7 @@ class EmbeddingClient:
 
         Raises InputError, NotFoundError, OverloadedError, DeadlineError, UnavailableError or EngineError.
         """
-        with _input_errors():
+        with input_errors():
             request = pb.EmbedRequest(
                 input=_input(texts, token_ids, prompt_name, prompt, truncate),
                 dimensions=_checked_dimensions(dimensions),
@@ -252,7 +143,7 @@ class EmbeddingClient:
 
         def messages() -> Iterator[pb.EmbedRequest]:
             for texts in requests:
-                with _input_errors():
+                with input_errors():
                     yield pb.EmbedRequest(
                         input=_input(texts, None, prompt_name, prompt, truncate),
                         dimensions=_checked_dimensions(dimensions),
@@ -266,7 +157,7 @@ class EmbeddingClient:
                     yield _answer(item.response, dtype)
                 else:
                     code = next(code for code in grpc.StatusCode if code.value[0] == item.error.code)
-                    yield _error(code, item.error.message, item.error.retry_after_s or None)
+                    yield error_of(code, item.error.message, item.error.retry_after_s or None)
         except grpc.RpcError as error:
             raise self._translate(error) from error
 
@@ -286,7 +177,7 @@ class EmbeddingClient:
         model: str = "",
     ) -> list[ExplainedItem]:
         """Return what the engine would see for each text. Raises as `embed` does."""
-        with _input_errors():
+        with input_errors():
             request = pb.ExplainRequest(input=_input(texts, token_ids, prompt_name, prompt, truncate), model=model)
         response: pb.ExplainResponse = self._call(self._stub.Explain, request, None)
         return [
@@ -361,44 +252,18 @@ class EmbeddingClient:
 
     def _translate(self, error: Any) -> F2rtError:
         code, details = error.code(), error.details() or ""
-        if code is grpc.StatusCode.UNAVAILABLE and not _said_by_a_server(error):
+        if code is grpc.StatusCode.UNAVAILABLE and not said_by_a_server(error):
             return UnavailableError(
                 f"no f2rt server answers at {self._target}: {details.rstrip('.')}.", cure=f"{_START}{self._tls_cure}"
             )
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
             return InputError(f"the message is too large: {details}.", cure="Split the request.")
-        return _error(code, details, retry_delay_s(error))
+        return error_of(code, details, retry_delay_s(error))
 
 
 def _read(file: Path) -> bytes:
     with explain_read_errors(file, InputError):
         return file.read_bytes()
-
-
-def _error(code: grpc.StatusCode, details: str, retry_after_s: float | None) -> F2rtError:
-    """Return the error that a status stands for."""
-    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and retry_after_s is not None:
-        return OverloadedError(details, retry_after_s=retry_after_s)
-    return _ERRORS.get(code, EngineError)(details or f"the server answered {code.name}.")
-
-
-def retry_delay_s(error: Any) -> float | None:
-    """Return what the RetryInfo of a grpc.RpcError says, in seconds, or None."""
-    info = error_details_pb2.RetryInfo()
-    found = any(detail.Unpack(info) for detail in _status_details(error))
-    return float(info.retry_delay.ToMilliseconds()) / 1e3 if found else None
-
-
-def _said_by_a_server(error: Any) -> bool:
-    """Whether an UNAVAILABLE is an f2rt server's own word: gRPC says the same of one that is not there."""
-    info = error_details_pb2.ErrorInfo()
-    return any(detail.Unpack(info) and info.domain == ERROR_DOMAIN for detail in _status_details(error))
-
-
-def _status_details(error: Any) -> Iterator[Any]:
-    for name, value in error.trailing_metadata() or ():
-        if name == "grpc-status-details-bin":
-            yield from status_pb2.Status.FromString(value).details
 
 
 def _answer(response: pb.EmbedResponse, dtype: OutputDType) -> EmbedAnswer:
@@ -412,17 +277,6 @@ def _answer(response: pb.EmbedResponse, dtype: OutputDType) -> EmbedAnswer:
         trained_dimension=response.trained_dimension,
         request_id=response.request_id,
     )
-
-
-@contextlib.contextmanager
-def _input_errors() -> Iterator[None]:
-    """Translate what protobuf says of a value it cannot hold: no string, a lone surrogate, an id beyond int32."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            f"the request cannot be sent: {error}.", cure="Texts are valid Unicode strings, ids are integers."
-        ) from error
 
 
 def _checked_dimensions(dimensions: int | None) -> int:

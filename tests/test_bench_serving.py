@@ -151,8 +151,8 @@ def test_outcomes_are_told_apart() -> None:
 @pytest.mark.slow
 def test_a_short_run_of_our_own_server(bundle: Bundle, mini: Path, tmp_path: Path) -> None:
     peers = [peer.peer for peer in PEERS]
-    result = measure("mini", bundle.folder, mini, "onnxruntime:fp32", tmp_path, Load(0.5, 4), peers)
-    assert result.command.endswith(" --leave-out infinity,vllm,fastapi")
+    result = measure("mini", bundle.folder, mini, "onnxruntime:fp32", tmp_path, Load(0.5, 4, open_s=1.0), peers)
+    assert result.command.endswith(" --open-seconds 1 --leave-out infinity,vllm,fastapi")
     servers = result.data["servers"]
     assert isinstance(servers, list)
     assert [server["server"] for server in servers[:2]] == ["f2rt gRPC", "f2rt HTTP"]

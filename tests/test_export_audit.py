@@ -20,7 +20,8 @@ from export.compare import choose
 from export.diff_report import DiffReport
 from export.embedded import embed_there
 from runtime.bundle import Bundle, open_bundle, write_manifest
-from runtime.client import EmbedAnswer, EmbeddingClient
+from runtime.client import EmbeddingClient
+from runtime.client_answers import EmbedAnswer
 from runtime.embedder import Embedder, open_embedder
 from runtime.errors import EngineError, NotExecutableError, OverloadedError
 from tests.bundles import forge_fingerprint
