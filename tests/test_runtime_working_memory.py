@@ -47,9 +47,9 @@ def test_large_batches_now_and_then_keep_it(clock: Clock, memory: WorkingMemory)
     assert not any(after(clock, memory, 1, LARGE if second % 25 == 0 else SMALL) for second in range(600))
 
 
-def test_it_goes_once(clock: Clock, memory: WorkingMemory) -> None:
+def test_it_goes_once_and_what_was_still_in_use_a_period_later(clock: Clock, memory: WorkingMemory) -> None:
     memory.is_excessive(*LARGE)
-    assert [after(clock, memory, 40) for _ in range(10)].count(True) == 1
+    assert [after(clock, memory, 20) for _ in range(12)] == [False, False, True, False, True, *[False] * 7]
 
 
 def test_after_an_idle_time_the_first_batch_gives_it_back(clock: Clock, memory: WorkingMemory) -> None:

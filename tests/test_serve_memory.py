@@ -64,6 +64,7 @@ print(private_mib() - before)
 # Threads that live at the same time and each ask for memory: glibc gives each an arena, as long as there may be more.
 ARENAS = """
 import ctypes, sys, threading
+from runtime.cores import usable_cores
 from runtime.serving.memory import keep_little
 
 if sys.argv[1] == "held":
@@ -71,14 +72,15 @@ if sys.argv[1] == "held":
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
 libc.fdopen.restype = ctypes.c_void_p
-together = threading.Barrier(6)
+number = usable_cores() + 4
+together = threading.Barrier(number)
 
 def work():
     together.wait()
     libc.malloc(1000)
     together.wait()
 
-threads = [threading.Thread(target=work) for _ in range(6)]
+threads = [threading.Thread(target=work) for _ in range(number)]
 for thread in threads:
     thread.start()
 for thread in threads:
@@ -86,6 +88,36 @@ for thread in threads:
 out = libc.fdopen(1, b"w")
 libc.malloc_info(0, ctypes.c_void_p(out))
 libc.fflush(ctypes.c_void_p(out))
+"""
+
+# How many blocks are mapped by themselves: before an engine is loaded, during it, with two at a time, with one left,
+# and after it.
+LOADING = """
+import ctypes
+from runtime.serving.memory import keep_little, loading
+
+class Info(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks".split()]
+    _fields_ += [("rest", ctypes.c_size_t * 6)]
+
+libc = ctypes.CDLL(None)
+libc.mallinfo2.restype = Info
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+
+def mapped():
+    before = libc.mallinfo2().hblks
+    libc.malloc(300_000)
+    return libc.mallinfo2().hblks - before
+
+keep_little()
+found = [mapped()]
+with loading():
+    found.append(mapped())
+    with loading():
+        found.append(mapped())
+    found.append(mapped())
+found.append(mapped())
+print(*found)
 """
 
 needs_glibc = pytest.mark.skipif(
@@ -111,8 +143,13 @@ def test_a_threads_memory_goes_back() -> None:
 @needs_glibc
 def test_threads_share_arenas() -> None:
     """One for a core, two at least: what lives on among freed memory then lies in few places."""
-    assert printed(ARENAS, "as it is").count("<heap ") >= 6
+    assert printed(ARENAS, "as it is").count("<heap ") > usable_cores() + 2
     assert printed(ARENAS, "held").count("<heap ") <= max(usable_cores(), 2)
+
+
+@needs_glibc
+def test_an_engines_blocks_lie_by_themselves_and_an_answers_do_not() -> None:
+    assert printed(LOADING, "").split() == ["0", "1", "1", "1", "0"]
 
 
 def test_a_running_server_leaves_its_engines_to_their_models(bundle: Bundle) -> None:

@@ -92,6 +92,7 @@ class OnnxRuntimeEngine:
         if provider == CUDA:
             check_placement(name, self._session)
         self._memory = WorkingMemory() if provider == CPU else None
+        # Only sessions whose CPU memory comes from an arena take this: ours have one, it is the library's default.
         self._giving_back = onnxruntime.RunOptions()
         self._giving_back.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 

@@ -19,11 +19,13 @@ class WorkingMemory:
         self._clock_s = clock_s
         self._began_s = clock_s()
         self._before = self._now = self._held = 0  # sizes: of the period before, of this one, and what is held
+        self._once_more = False
 
     def is_excessive(self, rows: int, width: int) -> bool:
         """Hear of a batch of `rows` x `width` tokens that is about to run; return whether to give memory back after it.
 
-        It is for the first batch of a period of 30 s if neither that nor the period before needed half of what is held.
+        It is for the first batch of a period of 30 s if neither that nor the period before needed half of what is held,
+        and once more a period later: vectors that nobody has fetched yet lie in that memory and keep a part of it.
         """
         size = rows * width * (width + _WIDTH)
         self._held = max(self._held, size)
@@ -32,7 +34,10 @@ class WorkingMemory:
             self._began_s += ended * _PERIOD_S
             self._before, self._now = self._now if ended == 1 else 0, 0
         self._now = max(self._now, size)
-        if not ended or self._held <= _EXCESS * max(self._before, self._now):
+        if not ended:
             return False
-        self._held = 0
+        if self._held <= _EXCESS * max(self._before, self._now):
+            once_more, self._once_more = self._once_more, False
+            return once_more
+        self._held, self._once_more = 0, True
         return True

@@ -9,17 +9,25 @@ anything.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import os
+import threading
+from collections.abc import Iterator
 
 from runtime.cores import usable_cores
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of mallopt, from glibc's malloc.h
 _GIVEN = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_ARENA_MAX", "GLIBC_TUNABLES")
-_KEPT_BYTES = 1 << 20  # at an arena's end
-_MAPPED_BYTES = 128 << 10  # blocks from this size on are mapped by themselves, and gone when freed: glibc's own default
+_KEPT_BYTES = 1 << 20  # at an arena's end; larger blocks are mapped by themselves, and gone when freed
+# So are an engine's matrices, while it is loaded: in an arena they leave holes. Answers of this size stay in arenas,
+# where the next one finds pages that are mapped.
+_LOADING_BYTES = 128 << 10
 _LEAST_ARENAS = 2
+
+_loads = 0
+_lock = threading.Lock()
 
 
 def keep_little() -> None:
@@ -27,11 +35,25 @@ def keep_little() -> None:
 
     To be called before engines are loaded and threads are started.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None and not any(name in os.environ for name in _GIVEN):
-        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
-        mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
-        mallopt(_M_ARENA_MAX, max(usable_cores(), _LEAST_ARENAS))
+    _set(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+    _set(_M_MMAP_THRESHOLD, _KEPT_BYTES)
+    _set(_M_ARENA_MAX, max(usable_cores(), _LEAST_ARENAS))
+
+
+@contextlib.contextmanager
+def loading() -> Iterator[None]:
+    """Keep an engine's larger blocks out of the arenas while it is loaded; several may be at a time."""
+    global _loads
+    with _lock:
+        _loads += 1
+        _set(_M_MMAP_THRESHOLD, _LOADING_BYTES)
+    try:
+        yield
+    finally:
+        with _lock:
+            _loads -= 1
+            if not _loads:
+                _set(_M_MMAP_THRESHOLD, _KEPT_BYTES)
 
 
 def give_back() -> None:
@@ -40,3 +62,9 @@ def give_back() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def _set(option: int, value: int) -> None:
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None and not any(name in os.environ for name in _GIVEN):
+        mallopt(option, value)

@@ -24,7 +24,7 @@ from runtime.errors import AbandonedError, F2rtError, UnavailableError
 from runtime.gate import open_gate
 from runtime.serving.call import EmbedCall, EmbedReply
 from runtime.serving.job import Job
-from runtime.serving.memory import give_back
+from runtime.serving.memory import give_back, loading
 from runtime.serving.metrics import EngineMetrics, Gauges, Metrics
 from runtime.serving.pipeline import Pipeline
 from runtime.serving.shadow import Shadow
@@ -67,7 +67,8 @@ def load(model: ModelSettings, engine: EngineSettings, settings: ServeSettings) 
     Raises InputError for the policy, and what `open_bundle` and `load_engine` raise.
     """
     gate = open_gate(settings.policy, settings.allow_unverified)
-    embedder = open_embedder(open_bundle(Path(model.bundle)), model.engine, engine, settings.limits, gate)
+    with loading():
+        embedder = open_embedder(open_bundle(Path(model.bundle)), model.engine, engine, settings.limits, gate)
     return Proven(embedder, embedder.loaded.expected)
 
 
