@@ -149,8 +149,10 @@ def test_what_is_cancelled_while_its_batch_fails_is_not_run_again(embedder: Embe
         stub = server.stub(channel)
         first = stub.Embed.future(ids_request([100, 100]))
         engine.wait_begun(1)
-        calls = [stub.Embed.future(ids_request([id_, id_])) for id_ in (200, 210, 220, 230)]
-        wait_queued(server, 4)
+        calls = []
+        for id_ in (200, 210, 220, 230):  # one by one: calls overtake each other on their way
+            calls.append(stub.Embed.future(ids_request([id_, id_])))
+            wait_queued(server, len(calls))
         engine.fault, engine.fault_for = EngineError("no."), 200
         engine.allow(1)
         engine.wait_begun(2)
