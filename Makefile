@@ -56,7 +56,7 @@ type: setup  ## mypy --strict
 	$(BIN)/mypy
 
 test: setup $(CLIENTS_STAMP)  ## the whole test suite
-	$(BIN)/python -m pytest -p tests.pinning --numprocesses auto --maxprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
+	$(BIN)/python -m pytest -p tests.pinning --numprocesses auto --maxprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0 -o faulthandler_exit_on_timeout=true
 
 # The precisions and backends that are compiled; ONNX Runtime needs no build, on CUDA only a record.
 KNOWN_PRECISIONS := fp32 fp16 bf16 int8
