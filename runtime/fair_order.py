@@ -46,12 +46,19 @@ class FairOrder:
         self.items = 0
         self.tokens = 0
         self._heap: list[tuple[float, int, Ticket]] = []
-        self._tickets = 0
+        self._open: set[Ticket] = set()
         self._virtual = 0.0
         self._numbers = itertools.count()
 
     def __len__(self) -> int:
-        return self._tickets
+        return len(self._open)
+
+    def close(self) -> list[Ticket]:
+        """Take no more; returns the requests that were open, none of which is any more."""
+        lost = list(self._open)
+        for ticket in lost:
+            ticket.open = False
+        return lost
 
     def ahead(self, own_tokens: int) -> float:
         """Return the tokens that are served before a request of so many: those with tags before that of its last item.
@@ -70,7 +77,7 @@ class FairOrder:
         count = len(ticket.lengths)
         ticket.order = sorted(range(count), key=lambda i: -ticket.lengths[i])
         ticket.number, ticket.waiting_tokens, ticket.open = next(self._numbers), sum(ticket.lengths), True
-        self._tickets += 1
+        self._open.add(ticket)
         self.tokens += ticket.waiting_tokens
         self.items += count
         self._push(ticket, self._virtual + min(ticket.lengths[ticket.order[0]], most_first))
@@ -78,19 +85,18 @@ class FairOrder:
     def drop(self, ticket: Ticket) -> None:
         """Forget what is left of an open request."""
         self._close(ticket)
-        if len(self._heap) > 2 * self._tickets + _CLOSED:
+        if len(self._heap) > 2 * len(self._open) + _CLOSED:
             self._heap = [entry for entry in self._heap if entry[2].open]
             heapq.heapify(self._heap)
 
     def candidates(
-        self, budget: int, most_rows: int, is_late: Callable[[Ticket], bool]
-    ) -> tuple[list[Item], list[Ticket]]:
+        self, budget: int, most_rows: int, is_late: Callable[[Ticket], bool], late: list[Ticket]
+    ) -> list[Item]:
         """Take requests off until enough items are known, the one whose turn it is first; `take` puts them back.
 
-        Returns the items, and the requests that are late, which are dropped.
+        Requests that are late are dropped, and appended to `late`.
         """
         found: list[Item] = []
-        late: list[Ticket] = []
         tokens = 0
         while self._heap and len(found) < _CANDIDATE_ITEMS and tokens < 4 * budget:
             _, _, ticket = heapq.heappop(self._heap)
@@ -106,7 +112,7 @@ class FairOrder:
             for index in ticket.order[:most]:
                 found.append((ticket, index))
                 tokens += ticket.lengths[index]
-        return found, late
+        return found
 
     def take(self, candidates: Sequence[Item], chosen: Sequence[Item]) -> int:
         """Count the chosen of all candidates as served. Returns how many requests have nothing left."""
@@ -135,7 +141,7 @@ class FairOrder:
             self._push(ticket, ticket.tag + served - first + ticket.lengths[ticket.order[0]])
             return False
         ticket.open = False
-        self._tickets -= 1
+        self._open.remove(ticket)
         return True
 
     def _push(self, ticket: Ticket, tag: float) -> None:
@@ -145,12 +151,12 @@ class FairOrder:
     def _close(self, ticket: Ticket) -> None:
         """Count a request as gone; its place in the heap is skipped when it comes up."""
         ticket.open = False
-        self._tickets -= 1
+        self._open.remove(ticket)
         self.items -= len(ticket.order)
         self.tokens -= ticket.waiting_tokens
         self._begin_anew()
 
     def _begin_anew(self) -> None:
-        if not self._tickets:
+        if not self._open:
             self._heap.clear()
             self._virtual = 0.0

@@ -256,27 +256,32 @@ class FairQueue:
         ticket.payload = None
         self._rest(self._overload.latest_s)
 
+    def close(self) -> list[Ticket]:
+        """Take no more; returns the requests that were waiting, and those that expired."""
+        return self.expired + self._order.close()
+
     def next_batch(self, now_s: float) -> Planned | None:
         """Take the next batch out of the queue; None when nothing waits. What expired is dropped first."""
 
         def is_late(ticket: Ticket) -> bool:
             return ticket.deadline_s is not None and now_s + 1e-3 * self._least_ms(ticket) > ticket.deadline_s
 
-        candidates, late = self._order.candidates(self.budget, self._limits.max_batch_rows, is_late)
-        self.expired += late
+        candidates = self._order.candidates(self.budget, self._limits.max_batch_rows, is_late, self.expired)
         self._rest(now_s)
         if not candidates:
             return None
         lengths = [ticket.lengths[index] for ticket, index in candidates]
         together = fill(lengths, self.budget, self._limits.max_batch_rows, self.cost.break_even_tokens, self._shape)
         chosen = [candidates[k] for k in together]
+        planned = Planned(chosen, max(ticket.lengths[index] for ticket, index in chosen))
+        computed = self._shape(len(planned.rows), planned.width)
+        takes_s = 1e-3 * self.cost.batch_ms(computed, planned.width)
+        # From here on the chosen are known to nobody but the caller: what may fail comes before.
         for _ in range(self._order.take(candidates, chosen)):
             self._overload.done_with()
         self._overload.batch()
-        planned = Planned(chosen, max(ticket.lengths[index] for ticket, index in chosen))
         self._passed_tokens = max(0.0, self._passed_tokens - _SMALL_SHARE * planned.tokens)
-        computed = self._shape(len(planned.rows), planned.width)
-        self.busy_until_s = now_s + 1e-3 * self.cost.batch_ms(computed, planned.width)
+        self.busy_until_s = now_s + takes_s
         self._rest(self.busy_until_s)  # while the batch runs nothing can be served: a pause begins after it
         return planned
 

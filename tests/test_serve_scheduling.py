@@ -13,11 +13,13 @@ import httpx
 import numpy as np
 import pytest
 
+import runtime.scheduler
 from runtime.bundle import Bundle
 from runtime.client import EmbeddingClient
 from runtime.embedder import Embedder, open_embedder
 from runtime.encoding import OutputDType
 from runtime.errors import AbandonedError, EngineError, InputError
+from runtime.fair_order import FairOrder
 from runtime.serving.call import EmbedCall
 from runtime.settings import EngineSettings, Limits
 from tests.grpc_messages import ids_request, texts_request, vectors_of
@@ -100,6 +102,35 @@ def test_faults_in_the_engine(embedder: Embedder, caplog: pytest.LogCaptureFixtu
         wait_until(lambda: server.model.state == "ready")
         answer = stub.Embed(texts_request(TEXTS))
         assert np.allclose(vectors_of(answer), embedder.embed(TEXTS).vectors, atol=1e-6)
+
+
+@pytest.mark.parametrize("part", ["candidates", "fill"])
+def test_a_fault_in_planning_is_told_to_all_who_wait_and_the_server_goes_on(
+    embedder: Embedder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, part: str
+) -> None:
+    engine, own = held(embedder)
+    owner = {"candidates": FairOrder, "fill": runtime.scheduler}[part]
+    plan = getattr(owner, part)
+
+    def broken(*args: Any) -> Any:
+        monkeypatch.setattr(owner, part, plan)
+        plan(*args)  # the queue does not hold these requests any more
+        raise ZeroDivisionError("a fault of ours")
+
+    with InProcess(own, scheduling=scheduling()) as server, server.channel() as channel:
+        stub, calls = server.stub(channel), []
+        first = stub.Embed.future(ids_request([100, 100]))
+        engine.wait_begun(1)
+        for id_ in (200, 210, 220):
+            calls.append(stub.Embed.future(ids_request([id_, id_], [id_, id_])))
+            wait_queued(server, len(calls))
+        monkeypatch.setattr(owner, part, broken)
+        engine.allow(1000)
+        assert [call.exception(START_S).code() for call in calls] == [grpc.StatusCode.INTERNAL] * 3
+        assert "ZeroDivisionError" in calls[0].exception().details()
+        assert "a fault of ours" in caplog.text
+        assert first.result().rows == stub.Embed(ids_request([300, 300])).rows == 1
+        wait_until(lambda: server.model.pipeline.waiting == (0, 0, 0))  # the golden texts are asked for after a fault
 
 
 def test_a_vector_that_has_a_batch_to_itself_is_not_copied(embedder: Embedder) -> None:

@@ -23,6 +23,11 @@ log = logging.getLogger("f2rt.pipeline")
 Rows = Sequence[tuple[Job, int]]
 
 
+def batch_of(rows: int, width: int) -> str:
+    """Return what a batch is called in messages."""
+    return f"a batch of {rows} x {width}"
+
+
 class Batches:
     """Runs one embedder's batches. Whoever calls has the engine to itself."""
 
@@ -57,13 +62,13 @@ class Batches:
         except F2rtError:
             raise
         except Exception as error:
-            raise self.unexpected(error, max(map(len, rows)), len(rows)) from error
+            raise self.unexpected(error, batch_of(len(rows), max(map(len, rows)))) from error
 
-    def unexpected(self, error: Exception, width: int, rows: int) -> EngineError:
+    def unexpected(self, error: Exception, what: str) -> EngineError:
         """Return what callers are told of an exception that nobody foresaw; the log has all of it."""
-        log.error("a batch of %d x %d failed unexpectedly", rows, width, exc_info=error)
+        log.error("%s failed unexpectedly", what, exc_info=error)
         return EngineError(
-            f"{self._embedder.loaded.engine.name} failed on a batch of {rows} x {width}: {type(error).__name__}.",
+            f"{self._embedder.loaded.engine.name} failed on {what}: {type(error).__name__}.",
             cure="The server's log has the details.",
         )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import NoReturn
 
 from runtime.batching import Shape
@@ -18,7 +19,7 @@ from runtime.engines.buckets import computed_tokens
 from runtime.errors import DeadlineError, EngineError
 from runtime.fair_order import Ticket
 from runtime.scheduler import FairQueue, Planned
-from runtime.serving.batches import Batches, Rows
+from runtime.serving.batches import Batches, Rows, batch_of
 from runtime.serving.job import Job
 from runtime.serving.metrics import EngineMetrics
 from runtime.settings import SchedulingSettings
@@ -47,7 +48,8 @@ class Turns:
         self._lock = threading.Lock()  # for the queue, and who has the engine
         self._handed_over = threading.Condition(self._lock)
         self._company = threading.Condition(self._lock)
-        self._queue = FairQueue(embedder.limits, scheduling, shape=self._shape)
+        self._new_queue = partial(FairQueue, embedder.limits, scheduling, shape=self._shape)
+        self._queue = self._new_queue()
         self._taken = False
         self._called = False  # for the engine's thread
         self._closed = False
@@ -159,8 +161,13 @@ class Turns:
 
     def _run_next(self) -> bool:
         """Run the next batch. When there is none, the engine is given back, and the answer is False."""
+        fault: Exception | None = None
+        waited: list[Job] = []
         with self._lock:
-            planned = self._queue.next_batch(time.perf_counter())
+            try:
+                planned = self._queue.next_batch(time.perf_counter())
+            except Exception as error:  # noqa: BLE001  (a fault of ours must not take the engine along with it)
+                planned, fault, waited = None, error, self._begin_anew()
             # Read here: a ticket that is cancelled has no payload any more.
             expired = [ticket.payload for ticket in self._queue.expired]
             self._queue.expired = []
@@ -169,13 +176,21 @@ class Turns:
                 self._taken = False
         for job in expired:
             job.end(DeadlineError("the deadline would pass before the answer is ready.", cure="Allow more time."))
+        if fault is not None:
+            self._fail(waited, self._batches.unexpected(fault, f"planning for {len(waited)} requests"))
         if planned is None:
             return False
         try:
             self._batches.run(planned, jobs)
         except Exception as error:  # noqa: BLE001  (a fault of ours must not take the engine along with it)
-            self._fail({job for job, _ in jobs}, self._batches.unexpected(error, planned.width, len(jobs)))
+            self._fail({job for job, _ in jobs}, self._batches.unexpected(error, batch_of(len(jobs), planned.width)))
         return True
+
+    def _begin_anew(self) -> list[Job]:
+        """Put a new queue in the place of one that failed, of which nothing is known; returns whose requests it had."""
+        waited = [ticket.payload for ticket in self._queue.close()]
+        self._queue = self._new_queue(cost=self._queue.cost)
+        return waited
 
     def _ran(self, rows: int, planned: Planned, took_s: float) -> None:
         """Take note of a batch that was run as planned."""
