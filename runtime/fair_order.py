@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,12 +65,21 @@ class FairOrder:
 
         For a single text whose tag is lower than its tokens say (see `add`) this is an upper bound.
         """
-        last, ahead = self._virtual + own_tokens, 0.0
+        return sum(self._shares(own_tokens, 0.0))
+
+    def standing(self, own_tokens: int) -> float:
+        """Return the tokens of `ahead`, and those of everybody whom such a request would pass.
+
+        One who is passed counts for no more than such a request: nobody is shut out by a single huge one.
+        """
+        return sum(self._shares(own_tokens, own_tokens))
+
+    def _shares(self, own_tokens: int, most_passed: float) -> Iterator[float]:
+        last = self._virtual + own_tokens
         for tag, _, other in self._heap:
-            if other.open and tag <= last:
+            if other.open:
                 first = other.lengths[other.order[0]]
-                ahead += first + min(other.waiting_tokens - first, last - tag)
-        return ahead
+                yield min(first, most_passed) if tag > last else first + min(other.waiting_tokens - first, last - tag)
 
     def add(self, ticket: Ticket, most_first: float) -> None:
         """Take in a request, whose first item counts for no more than `most_first` tokens."""

@@ -20,6 +20,8 @@ from runtime.settings import Limits, SchedulingSettings
 
 _LEARN = 0.1  # how fast the mean size of a request follows
 _BURST_MS, _BURST_REQUESTS = 1000.0, 8  # may wait, where no limit is set
+_FEWER_TIMES = 3.0  # as long, while fewer requests wait than that: some are larger than the mean
+_STANDING_MS = 500.0  # of the wait in overload, beyond one batch: the engine is not idle until the next ones come
 # In overload requests are refused alike. One that is this small beside those that take the engine's time adds little to
 # what these wait for, and is let in as long as such requests take no more than this share of the engine.
 _SMALL, _SMALL_SHARE = 1 / 20, 0.5
@@ -106,7 +108,9 @@ class FairQueue:
             if waiting >= limit:
                 self.refuse(f"{waiting} {what} are waiting; the limit is {limit}")
         if self.is_overloaded:
-            wait_ms, standing_ms = self.wait_ms(int(self._mean_tokens)), self.standing_wait_ms
+            # Whoever would be passed counts, too: a long text waits for longer with each short one that is let in.
+            wait_ms = self._time_ms(self._order.standing(int(self._mean_tokens)))
+            standing_ms = self.standing_wait_ms
             if wait_ms > standing_ms and not self._lets_pass(tokens):
                 self.refuse(
                     f"{self._overload.ratio:.1f} times as many requests come as can be answered, and the wait is "
@@ -171,15 +175,18 @@ class FairQueue:
     def standing_wait_ms(self) -> float:
         """The wait that is let in overload: a few efficient batches, or requests, where these are larger.
 
-        Less than a request would leave the engine idle from when one is done until the next one comes.
+        Less than a request would leave the engine idle from when one is done until the next one comes. On a slow engine
+        one batch and a moment are enough for that.
         """
-        return self._settings.standing_batches * self.cost.batch_ms(max(self.budget, round(self._mean_tokens)))
+        batch_ms = self.cost.batch_ms(max(self.budget, round(self._mean_tokens)))
+        return batch_ms + min((self._settings.standing_batches - 1) * batch_ms, _STANDING_MS)
 
     @property
     def most_wait_ms(self) -> float:
         """The wait that is let in a burst: in time, or for an engine that is slow, in requests."""
-        given = self._settings.max_wait_ms
-        return given or max(_BURST_MS, self._requests_ms)
+        if given := self._settings.max_wait_ms:
+            return given
+        return max(_BURST_MS, self._requests_ms) * (_FEWER_TIMES if len(self) < _BURST_REQUESTS else 1.0)
 
     @property
     def _requests_ms(self) -> float:
@@ -198,8 +205,11 @@ class FairQueue:
 
     def wait_ms(self, own_tokens: int) -> float:
         """Return how long a request of so many tokens would wait for others."""
-        ahead = self._order.ahead(own_tokens)
-        return self.cost.fixed_ms * -(-ahead // self.budget) + self.cost.token_ms * ahead
+        return self._time_ms(self._order.ahead(own_tokens))
+
+    def _time_ms(self, tokens: float) -> float:
+        """Return how long so many tokens take in batches."""
+        return self.cost.fixed_ms * -(-tokens // self.budget) + self.cost.token_ms * tokens
 
     def admit(self, ticket: Ticket, now_s: float, *, bounded: bool = True) -> None:
         """Take in a request; one that is not `bounded` however much waits.

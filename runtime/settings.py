@@ -74,11 +74,12 @@ class SchedulingSettings:
     `efficiency`: batches are as large as it takes to reach this part of the engine's best throughput, at least
     `least_batch_tokens` and at most `Limits.max_batch_tokens`. `gather_ms`: how long an idle engine waits for company
     for the first request. A burst may wait up to `max_wait_ms`, where 0 is as long as 8 requests of the mean size take
-    and at least a second; when something has been waiting for `burst_ms` without a pause and `overload` times as many
-    requests come as are served, only as long as `standing_batches` batches take, or requests of the mean size where
-    these are larger; a request of a twentieth of what takes the engine's time is let in all the same, as long as such
-    take no more than half of it. A request whose tokens are only foreseen is refused at nine tenths of `max_wait_ms`.
-    The rest are hard limits.
+    and at least a second, and three times that while fewer than 8 wait; when something has been waiting for `burst_ms`
+    without a pause and `overload` times as many requests come as are served, only as long as `standing_batches` batches
+    take, or requests of the mean size where these are larger, and no more than half a second beyond one of them; a
+    request of a twentieth of what takes the engine's time is let in all the same, as long as such take no more than
+    half of it. A request whose tokens are only foreseen is refused at nine tenths of `max_wait_ms`. The rest are hard
+    limits.
     """
 
     efficiency: float = 0.97

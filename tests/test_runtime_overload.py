@@ -46,12 +46,12 @@ def test_on_a_slow_engine_large_requests_get_in_after_small_ones() -> None:
 
 
 def test_in_overload_requests_larger_than_a_batch_keep_the_engine_busy() -> None:
-    """Three batches of 100 tokens would be less than one request of 1,000."""
+    """Three batches of 100 tokens would be less than one request of 1,000; half a second more may wait."""
     waiting = queue(Limits(max_batch_tokens=100), known(100.0, 1.0), standing_batches=3)
     assert waiting.standing_wait_ms == pytest.approx(600, rel=0.01)
     for _ in range(100):
         waiting.admit(Ticket([100] * 10), 0.0)
-    assert waiting.standing_wait_ms == pytest.approx(3300, rel=0.01)
+    assert waiting.standing_wait_ms == pytest.approx(1100 + 500, rel=0.01)
 
 
 def test_overload_keeps_the_queue_short_and_a_burst_does_not() -> None:
@@ -340,3 +340,53 @@ def test_cancelled_requests_leave_nothing_in_the_heap() -> None:
     assert planned is not None
     assert [ticket.payload for ticket, _ in planned.rows] == ["kept"]
     assert line.next_batch(0.0) is None
+
+
+SLOW = (12, 14, 17, 20, 23, 27, 28, 34, 54, 62, 75, 77, 79, 83, 107, 110, 119, 148, 174, 194, 219, 255, 306, 399, 413)
+
+
+def slow_line() -> FairQueue:
+    """Return the queue of an engine that takes most of a second for a text, as a large model on a CPU does."""
+    return FairQueue(Limits(), SchedulingSettings(), known(85.0, 6.0))
+
+
+def test_in_overload_long_texts_are_not_passed_for_ever() -> None:
+    """Two minutes in which ten times as many come as can be served: short and long ones are let in about alike."""
+    line, chance = slow_line(), random.Random(0)
+    lengths = chance.sample(SLOW, len(SLOW))
+    due_s = free_s = 0.0
+    times, admitted, turn = [], [], 0
+    while due_s < 120:
+        if len(line) and free_s <= due_s:
+            planned = line.next_batch(free_s)
+            assert planned is not None
+            free_s += 1e-3 * line.cost.batch_ms(planned.padded_tokens) * chance.uniform(0.8, 1.25)
+            times += [free_s - ticket.payload for ticket, _ in planned.rows]
+            continue
+        free_s = max(free_s, due_s)
+        length = lengths[turn % len(lengths)]
+        with contextlib.suppress(OverloadedError):
+            line.check_door(due_s, round(length * chance.uniform(0.8, 1.2)))
+            line.admit(Ticket([length], payload=due_s), due_s)
+            admitted.append(length)
+        due_s, turn = due_s + 0.08, turn + 1
+    assert sum(admitted) / len(admitted) > 0.7 * sum(SLOW) / len(SLOW)
+    assert max(times) < 25
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_eight_callers_of_a_slow_engine_are_not_refused(seed: int) -> None:
+    """Each waits for its answer and asks again; their texts differ in length."""
+    line, chance = slow_line(), random.Random(seed)
+    now_s = 0.0
+    for _ in range(8):
+        line.check_door(now_s)
+        line.admit(Ticket([chance.choice(SLOW)]), now_s)
+    for _ in range(100):
+        planned = line.next_batch(now_s)
+        assert planned is not None
+        now_s += 1e-3 * line.cost.batch_ms(planned.padded_tokens)
+        for _ in planned.rows:
+            length = chance.choice(SLOW)
+            line.check_door(now_s, length)
+            line.admit(Ticket([length]), now_s)
