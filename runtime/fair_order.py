@@ -1,11 +1,9 @@
 """Whose turn it is: the order of waiting requests, and nothing else. Pure planning, no clock and no I/O.
 
-It follows weighted fair queueing with equal weights (Demers, Keshav and Shenker, 1989). Imagine an engine that computes
-all requests at once, each as fast as the others: virtual time is how many tokens of each request that was there
-throughout it would have computed, a request's tag the virtual time at which it would be done. The engine that there is
-serves the smallest tag first, and so is done with each request about when the imagined one would be, or sooner (Parekh
-and Gallager, 1993): requests of one size are served one after the other, a short one passes long ones, and nothing
-starves, since virtual time moves on.
+It follows self-clocked fair queueing (Golestani, 1994): every item of a request gets a finish tag, the order's virtual
+time plus the tokens of the request's items up to and including this one, and the smallest tag is served next. Virtual
+time is the tag last served. A short request so passes what is left of a long one and waits for a fair share only;
+requests of one size are served in order; nothing starves, since virtual time moves on.
 """
 
 from __future__ import annotations
@@ -18,10 +16,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _CANDIDATE_ITEMS = 256  # looked at for one batch at most
-# Among how many the imagined engine is divided at most: a multiple of those that wait. Short requests are served sooner
-# than it would; in lasting overload ever more of them would still share it, virtual time would almost stand still, and
-# long requests would starve.
-_SHARING, _LEAST_SHARING = 2, 12
 _CLOSED = 64  # entries that may stand in the heap although their requests were cancelled
 
 Item = tuple["Ticket", int]
@@ -42,7 +36,6 @@ class Ticket:
     waiting_tokens: int = 0  # of the items that are in no batch yet
     open: bool = False
     admitted_s: float = 0.0
-    uncounted: float = 0.0  # tokens of the first item that the tag does not count, until the item is served
     own_ms: float = 0.0  # what it should take when it has the engine to itself
     probe: bool = False  # let in although it should miss its deadline, to learn whether it does
 
@@ -60,8 +53,6 @@ class FairOrder:
         self._heap: list[tuple[float, int, Ticket]] = []
         self._open: set[Ticket] = set()
         self._virtual = 0.0
-        self._sharing: list[tuple[float, int]] = []  # tags and numbers of whom the imagined engine is not done with
-        self._gone: set[int] = set()  # the numbers of those of them that were dropped
         self._numbers = itertools.count()
 
     def __len__(self) -> int:
@@ -77,7 +68,7 @@ class FairOrder:
     def ahead(self, own_tokens: int) -> float:
         """Return the tokens that are served before a request of so many: those with tags before that of its last item.
 
-        For a request whose tag is lower than its tokens say (see `add`) this is an upper bound.
+        For a single text whose tag is lower than its tokens say (see `add`) this is an upper bound.
         """
         return sum(self._shares(own_tokens, 0.0))
 
@@ -92,20 +83,18 @@ class FairOrder:
         last = self._virtual + own_tokens
         for tag, _, other in self._heap:
             if other.open:
-                yield min(other.waiting_tokens, most_passed) if tag > last else other.waiting_tokens
+                first = other.lengths[other.order[0]]
+                yield min(first, most_passed) if tag > last else first + min(other.waiting_tokens - first, last - tag)
 
     def add(self, ticket: Ticket, most_first: float) -> None:
-        """Take in a request, whose first item, its longest, counts for no more than `most_first` tokens."""
+        """Take in a request, whose first item counts for no more than `most_first` tokens."""
         count = len(ticket.lengths)
         ticket.order = sorted(range(count), key=lambda i: -ticket.lengths[i])
         ticket.number, ticket.waiting_tokens, ticket.open = next(self._numbers), sum(ticket.lengths), True
         self._open.add(ticket)
         self.tokens += ticket.waiting_tokens
         self.items += count
-        ticket.uncounted = max(0.0, ticket.lengths[ticket.order[0]] - most_first)
-        ticket.tag = self._virtual + ticket.waiting_tokens - ticket.uncounted
-        self._push(ticket)
-        heapq.heappush(self._sharing, (ticket.tag, ticket.number))
+        self._push(ticket, self._virtual + min(ticket.lengths[ticket.order[0]], most_first))
 
     def drop(self, ticket: Ticket) -> None:
         """Forget what is left of an open request."""
@@ -132,61 +121,48 @@ class FairOrder:
                 late.append(ticket)
                 continue
             width = width or ticket.lengths[ticket.order[0]]
-            # Of those whose turn it is not yet, the items that go with the first one's: others would only be padded.
-            first = max(ticket.first_up_to(width) - 1, 0) if found else 0
+            # Of those whose turn it is not yet, the items that go with the first one's, and one that is longer: the rest
+            # would make the batch wider, or be left.
+            first = min(ticket.first_up_to(width), len(ticket.order) - 1) if found else 0
             # No more of one request than a batch takes: whoever comes after it has a chance to be in this round.
             most = min(most_rows, max(1, budget // ticket.lengths[ticket.order[first]]))
-            for index in ticket.order[first : first + most]:
+            for index in ticket.order[max(first - 1, 0) : first + most]:
                 found.append((ticket, index))
                 tokens += ticket.lengths[index]
         return found
 
     def take(self, candidates: Sequence[Item], chosen: Sequence[Item]) -> int:
         """Count the chosen of all candidates as served. Returns how many requests have nothing left."""
+        self._virtual = max(self._virtual, candidates[0][0].tag)
         taken: dict[Ticket, list[int]] = {ticket: [] for ticket, _ in candidates}
         for ticket, index in chosen:
             taken[ticket].append(index)
-        counted = float(sum(ticket.lengths[index] for ticket, index in chosen))
-        for ticket in [t for t, indices in taken.items() if t.order[0] in indices]:
-            counted -= ticket.uncounted
-            ticket.uncounted = 0.0
         done = sum(self._take(ticket, indices) for ticket, indices in taken.items())
-        self._move_on(counted)
         self._begin_anew()
         return done
 
     def _take(self, ticket: Ticket, indices: list[int]) -> bool:
-        """Put a ticket that is off the heap back, without the items that were served; returns whether it has none."""
-        if indices:
-            gone, served = set(indices), sum(ticket.lengths[i] for i in indices)
-            ticket.order = [i for i in ticket.order if i not in gone] if len(ticket.lengths) > 1 else []
-            ticket.waiting_tokens -= served
-            self.tokens -= served
-            self.items -= len(indices)
+        """Put a ticket that is off the heap back where its next item stands; returns whether it has none."""
+        if not indices:
+            heapq.heappush(self._heap, (ticket.tag, ticket.number, ticket))
+            return False
+        first = ticket.lengths[ticket.order[0]]
+        served = sum(ticket.lengths[i] for i in indices)
+        gone = set(indices)
+        ticket.order = [i for i in ticket.order if i not in gone] if len(ticket.lengths) > 1 else []
+        ticket.waiting_tokens -= served
+        self.tokens -= served
+        self.items -= len(indices)
         if ticket.order:
-            self._push(ticket)
+            # The tag was that of its first item; what was served besides counts as well.
+            self._push(ticket, ticket.tag + served - first + ticket.lengths[ticket.order[0]])
             return False
         ticket.open = False
         self._open.remove(ticket)
         return True
 
-    def _move_on(self, tokens: float) -> None:
-        """Move virtual time on by what the imagined engine does while the real one computes so many tokens."""
-        most = max(_SHARING * len(self._open), _LEAST_SHARING)
-        while self._sharing:
-            tag, number = self._sharing[0]
-            count = min(len(self._sharing) - len(self._gone), most)
-            if number not in self._gone:
-                until_done = (tag - self._virtual) * count
-                if until_done > tokens:
-                    self._virtual += tokens / count
-                    return
-                tokens -= until_done
-                self._virtual = tag
-            heapq.heappop(self._sharing)
-            self._gone.discard(number)
-
-    def _push(self, ticket: Ticket) -> None:
+    def _push(self, ticket: Ticket, tag: float) -> None:
+        ticket.tag = tag
         heapq.heappush(self._heap, (ticket.tag, ticket.number, ticket))
 
     def _close(self, ticket: Ticket) -> None:
@@ -195,13 +171,9 @@ class FairOrder:
         self._open.remove(ticket)
         self.items -= len(ticket.order)
         self.tokens -= ticket.waiting_tokens
-        if ticket.tag > self._virtual:
-            self._gone.add(ticket.number)
         self._begin_anew()
 
     def _begin_anew(self) -> None:
         if not self._open:
             self._heap.clear()
-            self._sharing.clear()
-            self._gone.clear()
             self._virtual = 0.0

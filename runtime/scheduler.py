@@ -1,6 +1,6 @@
 """Who may wait for an engine, and what it computes next: pure planning, no clock, no I/O. Times are in seconds.
 
-Whose turn it is follows `runtime.fair_order`. A request's first item counts for no more than half a request of the mean
+Whose turn it is follows `runtime.fair_order`. A request's first item counts for no more than a request of the mean
 size: a single long text would else be passed by every short one that comes while others wait, as if the engine could
 compute it in turns with them. In overload it took as many times its own time as requests were waiting.
 """
@@ -19,7 +19,6 @@ from runtime.overload import Overload
 from runtime.settings import Limits, SchedulingSettings
 
 _LEARN = 0.1  # how fast the mean size of a request follows
-_FIRST_COUNTS = 0.5  # of a request of the mean size, at most
 _BURST_MS, _BURST_REQUESTS = 1000.0, 8  # may wait, where no limit is set
 _FEWER_TIMES = 3.0  # as long, while fewer requests wait than that: some are larger than the mean
 _STANDING_MS = 500.0  # of the wait in overload, beyond one batch: the engine is not idle until the next ones come
@@ -224,7 +223,7 @@ class FairQueue:
             self._check_room(ticket, count, tokens, now_s)
         ticket.admitted_s, ticket.own_ms = now_s, self.cost.batch_ms(tokens)
         self._overload.admitted(now_s, self._pause_ms)
-        self._order.add(ticket, _FIRST_COUNTS * self._mean_tokens)
+        self._order.add(ticket, self._mean_tokens)
 
     def _check_room(self, ticket: Ticket, count: int, tokens: int, now_s: float) -> None:
         self._learn_size(tokens)

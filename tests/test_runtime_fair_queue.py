@@ -158,57 +158,29 @@ def test_a_long_request_is_not_starved_by_short_ones() -> None:
     waiting = queue(Limits(max_batch_rows=1), known(1, 0.1))
     long = Ticket([500])
     waiting.admit(long, 0)
-    passed = 0
-    while long.open and passed < 10_000:  # as many come as are served, for ever
+    for _ in range(60):  # 500 tokens wait for 500 tokens of others
         waiting.admit(Ticket([10]), 0)
         waiting.next_batch(0)
-        passed += 1
-    assert 10 * passed < 12 * 500, "a twelfth of the engine is for it"
-
-
-def test_requests_of_one_size_are_served_one_after_the_other() -> None:
-    """In turns all would be done when the last one is."""
-    waiting = queue(Limits(max_batch_rows=1), known(1, 0.1))
-    tickets = [Ticket([10] * 20) for _ in range(5)]
-    for ticket in tickets:
-        waiting.admit(ticket, 0)
-    served = [planned.rows[0][0] for planned in drain(waiting)]
-    assert served == [ticket for ticket in tickets for _ in range(20)]
-
-
-def test_a_text_passes_all_the_large_requests_that_wait() -> None:
-    """Also late in a long time in which several of them share the engine with single texts."""
-    waiting = queue(Limits(max_batch_rows=4), known(1, 0.1))
-    large, batches = 0, []
-    for turn in range(2000):
-        if len(waiting) < 3:
-            waiting.admit(Ticket([100] * 200), 0, bounded=False)
-            large += 1
-        if turn % 7 == 0:
-            text, taken = Ticket([30]), 0
-            waiting.admit(text, 0, bounded=False)
-            while text.open:
-                waiting.next_batch(0)
-                taken += 1
-            batches.append(taken)
-        waiting.next_batch(0)
-    assert large > 30
-    assert max(batches) == 1
+    assert not long.open
 
 
 def test_items_go_with_those_of_the_request_whose_turn_it_is() -> None:
-    """Two requests of mixed lengths share all batches although one of them is ahead."""
+    """Two requests of mixed lengths share batches: of the one behind, its longest would only make them wider."""
     waiting = queue(Limits(max_batch_rows=2), known(20, 1))
     ahead, behind = Ticket([200, 100, 50]), Ticket([300] * 4 + [198, 101, 49])
     waiting.admit(ahead, 0)
     waiting.admit(behind, 0)
-    assert [sorted(t.lengths[i] for t, i in planned.rows) for planned in drain(waiting)] == [
-        [198, 200],
-        [100, 101],
-        [49, 50],
-        [300, 300],
-        [300, 300],
-    ]
+    batches = [sorted(t.lengths[i] for t, i in planned.rows) for planned in drain(waiting)]
+    assert batches == [[198, 200], [100, 101], [49, 50], [300, 300], [300, 300]]
+
+
+def test_one_long_item_does_not_hide_those_that_go_with_the_others() -> None:
+    waiting = queue(Limits(max_batch_tokens=2000), known(20, 0.1))
+    waiting.admit(Ticket([100] * 5), 0)
+    waiting.admit(Ticket([1500] + [100] * 50), 0)
+    planned = waiting.next_batch(0)
+    assert planned is not None
+    assert (len(planned.rows), planned.width) == (20, 100)
 
 
 @pytest.mark.parametrize("preset", list(PRESETS))
@@ -244,14 +216,14 @@ def test_a_long_text_is_passed_by_few_short_ones_that_come_later() -> None:
     assert passed <= 8
 
 
-@given(st.lists(st.integers(3, 300), min_size=1, max_size=12), st.integers(0, 11), st.integers(1, 300))
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=12), st.integers(0, 11), st.integers(1, 300))
 def test_the_wait_of_a_text_is_what_is_served_before_it(others: list[int], served: int, own: int) -> None:
     waiting = queue(Limits(max_batch_rows=1), known(0.0, 1.0))
     for length in others:
         waiting.admit(Ticket([length]), 0)
     for _ in range(served):
         waiting.next_batch(0)
-    own = min(own, int(0.4 * min(others)))  # of one above half the mean only the most is known
+    own = min(own, *others)  # of one above the mean only the most is known
     ticket = Ticket([own])
     foreseen_ms = waiting.wait_ms(own)
     waiting.admit(ticket, 0)
