@@ -121,8 +121,8 @@ class FairOrder:
                 late.append(ticket)
                 continue
             width = width or ticket.lengths[ticket.order[0]]
-            # Of those whose turn it is not yet, the items that go with the first one's, and one that is longer: the rest
-            # would make the batch wider, or be left.
+            # Of those whose turn it is not yet, the items that go with the first one's, and one that is longer. Others
+            # would only make the batch wider.
             first = min(ticket.first_up_to(width), len(ticket.order) - 1) if found else 0
             # No more of one request than a batch takes: whoever comes after it has a chance to be in this round.
             most = min(most_rows, max(1, budget // ticket.lengths[ticket.order[first]]))
