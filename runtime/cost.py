@@ -12,11 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 _REMEMBER = 0.998  # weight of what was known before, per batch: five hundred are remembered
 _FOLLOW = 0.2  # how fast the pace follows, per batch
 _MOST_STEP = 3.0  # a single batch says no more of it
+_FIT_EACH, _FIT_EVERY = 64, 8  # the proportions are found anew with each of the first batches, then less often
 _FIRST = 12  # batches that tell the proportions before the pace is told from them
 _LEAST_MS = 1e-6
 _ENDLESS = 1e9  # tokens, where one more costs nothing that can be told
@@ -39,10 +38,10 @@ class CostModel:
         self.fixed_ms = 0.0
         self.token_ms = 0.0  # in texts of the mean width
         self._pace = 1.0
-        self._parts = np.zeros(3)  # a, b and c at pace 1
+        self._parts = [0.0] * 3  # a, b and c at pace 1
         self._weight = 0.0
-        self._moments = np.zeros((3, 3))
-        self._sums = np.zeros(3)
+        self._moments = [[0.0] * 3 for _ in range(3)]
+        self._sums = [0.0] * 3
 
     def observe(self, tokens: int, ms: float, width: int = 0) -> None:
         """Learn that a batch of `tokens` padded tokens, its texts `width` wide, took `ms`."""
@@ -54,11 +53,16 @@ class CostModel:
         ms = max(ms, _LEAST_MS)
         if self.observations > _FIRST and foreseen_ms > 0:
             self._pace *= min(max(ms / foreseen_ms, 1 / _MOST_STEP), _MOST_STEP) ** _FOLLOW
-        batch = np.array([1.0, tokens, float(tokens) * width]) * self._pace / ms
+        share = self._pace / ms
+        batch = (share, share * tokens, share * tokens * width)
         self._weight = _REMEMBER * self._weight + 1
-        self._moments = _REMEMBER * self._moments + np.outer(batch, batch)
-        self._sums = _REMEMBER * self._sums + batch
-        self._fit()
+        for i in range(3):
+            self._sums[i] = _REMEMBER * self._sums[i] + batch[i]
+            for j in range(3):
+                self._moments[i][j] = _REMEMBER * self._moments[i][j] + batch[i] * batch[j]
+        if self.observations <= _FIT_EACH or self.observations % _FIT_EVERY == 0:
+            self._fit()
+        self._apply()
 
     def batch_ms(self, tokens: int, width: float | None = None) -> float:
         """Return the time that a batch of `tokens` padded tokens should take; 0 before the first observation.
@@ -67,8 +71,8 @@ class CostModel:
         """
         if width is None:
             return self.fixed_ms + self.token_ms * tokens
-        fixed, token, wide = self._parts.tolist()
-        return float(self._pace * (fixed + tokens * (token + wide * width)))
+        fixed, token, wide = self._parts
+        return self._pace * (fixed + tokens * (token + wide * width))
 
     @property
     def break_even_tokens(self) -> float:
@@ -86,26 +90,50 @@ class CostModel:
 
     def _fit(self) -> None:
         """Find the parts whose sum, for each batch, is closest to its time."""
-        mean = self._sums / self._weight
+        mean = [total / self._weight for total in self._sums]
         told = [k for k in range(3) if mean[k] > 0]
         # In parts of the mean batch's time, so that the three can be compared.
-        scale = np.where(mean > 0, mean, 1.0)
-        moments = self._moments / self._weight / np.outer(scale, scale)
-        known = self._parts * scale
-        if not known.any():
+        scale = [part if part > 0 else 1.0 for part in mean]
+        known = [part * unit for part, unit in zip(self._parts, scale, strict=True)]
+        if not any(known):
             known[1] = 1.0
+        moments = [[self._moments[i][j] / (self._weight * scale[i] * scale[j]) for j in range(3)] for i in range(3)]
         while True:
-            away = mean / scale - moments @ known
-            found = known.copy()
-            found[told] += np.linalg.solve(moments[np.ix_(told, told)] + _STAY * np.eye(len(told)), away[told])
-            least = min(told, key=lambda k: float(found[k]))
+            left = [[moments[i][j] + _STAY * (i == j) for j in told] for i in told]
+            right = [mean[i] / scale[i] - sum(moments[i][j] * known[j] for j in range(3)) for i in told]
+            found = list(known)
+            for k, step in zip(told, _solved(left, right), strict=True):
+                found[k] += step
+            least = min(told, key=found.__getitem__)
             if found[least] >= 0 or len(told) == 1:
                 break
             told.remove(least)  # no part of a cost is negative
             known[least] = 0.0
-        self._parts = np.maximum(found, 0.0) / scale
-        fixed, token, wide = (self._pace * self._parts).tolist()
-        self.fixed_ms, self.token_ms = fixed, token + wide * float(mean[2] / mean[1])
+        self._parts = [max(part, 0.0) / unit for part, unit in zip(found, scale, strict=True)]
+
+    def _apply(self) -> None:
+        """Set what batches cost at the present pace, in texts of the mean width."""
+        fixed, token, wide = self._parts
+        self.fixed_ms = self._pace * fixed
+        self.token_ms = self._pace * (token + wide * self._sums[2] / self._sums[1])
+
+
+def _solved(left: list[list[float]], right: list[float]) -> list[float]:
+    """Return x of left x = right, for a symmetric positive definite matrix of up to three rows; both are used up.
+
+    In plain Python (Gaussian elimination, which needs no pivots here): every batch waits for this, and for so few
+    numbers each of numpy's calls takes longer than all of the arithmetic.
+    """
+    size = len(right)
+    for k in range(size):
+        for i in range(k + 1, size):
+            factor = left[i][k] / left[k][k]
+            right[i] -= factor * right[k]
+            for j in range(k, size):
+                left[i][j] -= factor * left[k][j]
+    for k in reversed(range(size)):
+        right[k] = (right[k] - sum(left[k][j] * right[j] for j in range(k + 1, size))) / left[k][k]
+    return right
 
 
 class Density:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.cost import CostModel, Density
+from runtime.cost import CostModel, Density, _solved
 from tests.queues import known
 
 
@@ -49,6 +50,14 @@ def test_the_cost_is_learned(fixed_ms: float, token_ms: float) -> None:
     assert cost.batch_ms(100) == pytest.approx(2 * (fixed_ms + 100 * token_ms), rel=0.05)
     assert cost.fixed_ms >= 0
     assert cost.token_ms >= 0
+
+
+@given(st.integers(1, 3), st.integers(0, 2**32 - 1))
+def test_few_equations_are_solved_as_numpy_does(size: int, seed: int) -> None:
+    chance = np.random.default_rng(seed)
+    rows = chance.lognormal(size=(8, size))
+    left, right = rows.T @ rows + 0.0025 * np.eye(size), chance.normal(size=size)
+    assert _solved(left.tolist(), right.tolist()) == pytest.approx(np.linalg.solve(left, right).tolist(), rel=1e-6)
 
 
 def test_one_outlier_does_not_change_the_cost_much() -> None:
