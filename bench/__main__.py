@@ -112,6 +112,18 @@ def serving_command(
         _publish(result, ["grpcio", "numpy", "onnxruntime", "uvicorn"], results)
 
 
+@app.command("queue")
+def queue_command(
+    seed: Annotated[int, typer.Option(help="Of the chances: when requests come, and how long texts are.")] = 0,
+    results: ResultsOption = RESULTS,
+) -> None:
+    """The server's queue in simulated time: waits, refusals and padding, beside first come, first served."""
+    with console.readable_errors():
+        from bench.queue_table import measure
+
+        _publish(measure(seed), ["numpy"], results)
+
+
 @app.command("soak")
 def soak_command(
     bundle: Annotated[Path, typer.Option(help="A proven bundle.")] = Path("build/mini"),
