@@ -51,7 +51,7 @@ _LOG_FORMATS = ("text", "json")
 _OTHER_VARIABLES = ("F2RT_CONFIG", "F2RT_CACHE", "F2RT_API_KEY", "F2RT_WAIT")
 # What Kubernetes sets for every Service, here for one called f2rt or f2rt-something; SERVICE_HOST is always there.
 _SERVICE_VARIABLE = re.compile(r"(F2RT(?:_[A-Z0-9_]+?)??)_(?:SERVICE_HOST|SERVICE_PORT(?:_\w+)?|PORT(?:_\d+_\w+)?)")
-_USER_INFO = re.compile(r"(?<=://)[^/?#]*@")
+_SECRETS_OF_URLS = re.compile(r"(?<=://)[^/?#]*@"), re.compile(r"(?<=\?).+")
 
 
 def _defaults(preset: str) -> dict[str, Value]:
@@ -75,7 +75,7 @@ class ServeConfig:
     sources: dict[str, str] = field(repr=False)
 
     def as_toml(self) -> str:
-        """Return the settings as a file that says the same, but for users and passwords in URLs, which it leaves out.
+        """Return the settings as a file that says the same, but for what is secret in URLs, which it leaves out.
 
         Keys are in their own file, which is named, not shown.
         """
@@ -83,8 +83,7 @@ class ServeConfig:
         for name, value in self.values.items():
             source = self.sources.get(name, "")
             comment = f"  # {source if source.isprintable() else ascii(source)}" if source else ""
-            shown = _USER_INFO.sub("***@", value) if isinstance(value, str) else value
-            lines.append(f"{name} = {toml_value(shown)}{comment}")
+            lines.append(f"{name} = {toml_value(_without_secrets(value))}{comment}")
         for model in self.models:
             table = {"name": model.name, "bundle": model.bundle, "engine": model.engine}
             lines += ["", "[[model]]", *(f"{name} = {toml_value(value)}" for name, value in table.items())]
@@ -92,9 +91,16 @@ class ServeConfig:
 
 
 def resolve(
-    models: Sequence[str], flags: Mapping[str, Any], environment: Mapping[str, str], file: Path | None
+    models: Sequence[str],
+    flags: Mapping[str, Any],
+    environment: Mapping[str, str],
+    file: Path | None,
+    assigned: Mapping[str, str] | None = None,
 ) -> ServeConfig:
-    """Put the settings together; `flags` that are None were not given. Raises InputError, naming the place."""
+    """Put the settings together; `flags` that are None were not given, `assigned` is what `--set` says.
+
+    Raises InputError, naming the place.
+    """
     given: dict[str, tuple[Any, str]] = {}
     tables: list[Any] = []
     if file is not None:
@@ -108,8 +114,9 @@ def resolve(
         if variable in environment:
             given[name] = (environment[variable], variable)
     for name, value in flags.items():
-        if value is not None:  # what is no setting has no flag: it was given with --set
-            given[name] = (value, f"--{name.replace('_', '-')}" if name in known else "--set")
+        if value is not None:
+            given[name] = (value, f"--{name.replace('_', '-')}")
+    given |= {name: (value, "--set") for name, value in (assigned or {}).items()}
     for name, (_, source) in given.items():
         if name not in known:
             close = difflib.get_close_matches(name, known, 1)
@@ -122,6 +129,14 @@ def resolve(
     for name, (value, source) in given.items():
         values[name] = _typed(name, value, type(values[name]), source)
     return _build(models, tables, values, {name: source for name, (_, source) in given.items()}, file)
+
+
+def _without_secrets(value: Value) -> Value:
+    """Return a value without what a URL has of users, passwords, and keys in its query."""
+    if not isinstance(value, str) or "://" not in value:
+        return value
+    users, queries = _SECRETS_OF_URLS
+    return queries.sub("***", users.sub("***@", value))
 
 
 def _check_variables(environment: Mapping[str, str], settings: Sequence[str]) -> None:

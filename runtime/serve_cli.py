@@ -70,7 +70,7 @@ def serve_command(
             "shadow": shadow,
             "log_format": log_format,
         }
-        resolved = resolve(models or [], flags | parse_assignments(assignments or []), os.environ, config)
+        resolved = resolve(models or [], flags, os.environ, config, parse_assignments(assignments or []))
         if print_config:
             sys.stdout.write(resolved.as_toml())
             return

@@ -21,7 +21,7 @@ from runtime.errors import F2rtError
 from runtime.gate import open_gate
 from runtime.serving import logs
 from runtime.serving.access import Keys
-from runtime.serving.memory import keep_little
+from runtime.serving.memory import Resident, keep_little
 from runtime.serving.metrics import EngineMetrics, Metrics
 from runtime.serving.model import Model, Proven, load, warn_if_unverified
 from runtime.serving.models import Models
@@ -37,6 +37,7 @@ log = logging.getLogger("f2rt.server")
 
 # Python's threads take turns at most this often. Its default of 5 ms is the time of several short texts.
 _SWITCH_S = 0.0005
+_LOOK_AT_MEMORY_S = 10.0
 
 
 class Server:
@@ -51,12 +52,14 @@ class Server:
         self._grpc = GrpcServer(models, settings, self._keys, self._tls)
         self._http = HttpServer(models, settings, self._keys, self._tls) if settings.http_address else None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._keeping: asyncio.Task[None] | None = None
         models.watch(self._state_changed)
 
     async def start(self) -> tuple[str, str]:
         """Listen. Returns the addresses of gRPC and of HTTP, "" for none. Raises InputError."""
         grpc_address = self._grpc.start()
         http_address = await self._http.start() if self._http else ""
+        self._keeping = asyncio.create_task(self._keep_small())
         return grpc_address, http_address
 
     def reload(self) -> None:
@@ -65,6 +68,8 @@ class Server:
 
     async def stop(self) -> None:
         """Report NOT_SERVING, refuse new requests, finish what was admitted within `drain_s`, and stop."""
+        if self._keeping is not None:
+            self._keeping.cancel()
         self.models.drain()
         # Until here ports stay open: refusals and NOT_SERVING reach their clients.
         loop, limit_s = asyncio.get_running_loop(), self.settings.drain_s
@@ -93,6 +98,13 @@ class Server:
         for model in self.models:
             with contextlib.suppress(Exception):  # logged where it happened
                 await model.reload()
+
+    async def _keep_small(self) -> None:
+        """Give back what requests took and freed, on a period."""
+        resident, loop = Resident(), asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(_LOOK_AT_MEMORY_S)
+            await loop.run_in_executor(None, resident.look)
 
     def _state_changed(self) -> None:
         self._grpc.show_health()

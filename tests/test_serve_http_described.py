@@ -197,7 +197,16 @@ def test_texts_and_keys_are_not_logged(bundle: Bundle, tmp_path: Path, caplog: p
     file.write_text(f"{KEY}\n", encoding="utf-8")
     with InProcess(open_embedder(bundle), http=True, keys_file=str(file)) as server, client_of(server) as client:
         headers = {"authorization": f"Bearer {KEY}"}
-        for body in ({"input": "a most private text"}, {"input": ["a most private text", 1]}):
+        quoted = "a most private prompt, with 'quotes' in it"
+        for body in (
+            {"input": "a most private text"},
+            {"input": ["a most private text", 1]},
+            {"input": "a", "prompt_name": quoted},
+            {"input": "a", "truncate": quoted},
+            {"input": "a", "input_type": quoted},
+            {"input": "a", "model": quoted},
+            {"input": "a", quoted: 1},
+        ):
             client.post("/v1/embeddings", json=body, headers=headers)
         client.post("/v1/embeddings", json={"input": "a"}, headers={"authorization": f"Bearer {OTHER}"})
         server.models.expose()

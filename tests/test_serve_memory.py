@@ -17,6 +17,7 @@ import pytest
 from runtime.bundle import Bundle
 from runtime.cores import usable_cores
 from runtime.server import run
+from runtime.serving import memory
 from runtime.serving.model import load
 from runtime.settings import EngineSettings, ModelSettings, ServeSettings
 
@@ -166,3 +167,14 @@ def test_a_running_server_leaves_its_engines_to_their_models(bundle: Bundle) -> 
 
     asyncio.run(run(proven, EngineSettings(), settings, started=started))
     assert left == [None]
+
+
+def test_memory_is_given_back_when_much_has_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    mib = 1 << 20
+    sizes = iter([100 * mib, 120 * mib, 90 * mib, 140 * mib, 95 * mib, 120 * mib])
+    given: list[bool] = []
+    monkeypatch.setattr(memory, "resident_bytes", lambda: next(sizes))
+    monkeypatch.setattr(memory, "give_back", lambda: given.append(True))
+    resident = memory.Resident()
+    assert [resident.look(), resident.look(), resident.look(), resident.look()] == [False, False, True, False]
+    assert given == [True]

@@ -114,3 +114,5 @@ def test_the_exposition_is_clean_and_the_dashboard_knows_its_names(embedder: Emb
     known = samples | {f"{name}{suffix}" for name in declared for suffix in ("", "_bucket", "_sum", "_count", "_total")}
     assert used <= known, used - known
     assert "f2rt_golden_cosine" in used
+    every = next(v["allValue"] for v in dashboard["templating"]["list"] if v["name"] == "model")
+    assert re.fullmatch(every, ""), "what was refused before a model was known has none"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -103,6 +104,25 @@ def test_one_that_cannot_be_recorded_takes_no_other_along(
     recorder.put(FAILED)
     wait_until(lambda: counted(metrics) == 1)
     assert "a request could not be recorded" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("error", "logged"),
+    [
+        ("there is no prompt 'my text'; this model has: query.", "there is no prompt '…'; this model has: query."),
+        ('there is no prompt "it\'s mine".', "there is no prompt '…'."),
+        (r"there is no prompt 'it\'s \"mine\"'.", "there is no prompt '…'."),
+        ("the parameter prompt is 'a text that was cut.", "the parameter prompt is '…'"),
+        ("Object contains unknown field `my text`", "Object contains unknown field '…'"),
+        ("the model's engine failed, and the server's log has it.",) * 2,
+    ],
+)
+def test_what_an_error_quotes_is_not_logged(
+    recorder: Recorder, caplog: pytest.LogCaptureFixture, error: str, logged: str
+) -> None:
+    caplog.set_level("INFO", logger="f2rt.access")
+    recorders._log(replace(FAILED, error=error))
+    assert caplog.records[-1].fields["error"] == logged  # type: ignore[attr-defined]
 
 
 def test_an_outcome_keeps_neither_texts_nor_vectors() -> None:

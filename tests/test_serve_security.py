@@ -135,6 +135,12 @@ def test_keys_are_read_again_on_reload(bundle: Bundle, tmp_path: Path) -> None:
         server.wait_for_line("a reload was asked for, and everything stays as it was: .* 5 characters")
 
 
+def test_a_keys_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(KEY, encoding="utf-8-sig")
+    Keys(str(file)).check(f"Bearer {KEY}", None)
+
+
 def test_the_command_sends_its_key(bundle: Bundle, keys_file: Path) -> None:
     with ServerProcess(bundle.folder, "--keys-file", str(keys_file)) as server:
         done = f2rt("embed", "--server", server.address, "a", env={"F2RT_API_KEY": KEY})

@@ -53,7 +53,7 @@ class Keys:
 
 def _read(file: Path) -> list[bytes]:
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"the keys in {file} cannot be read: {error}.", cure="Give a text file, one key a line."

@@ -15,6 +15,7 @@ import gc
 import os
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 from runtime.cores import usable_cores
 
@@ -25,6 +26,7 @@ _KEPT_BYTES = 1 << 20  # at an arena's end; larger blocks are mapped by themselv
 # where the next one finds pages that are mapped.
 _LOADING_BYTES = 128 << 10
 _LEAST_ARENAS = 2
+_GROWN_BYTES = 32 << 20
 
 _loads = 0
 _lock = threading.Lock()
@@ -62,6 +64,31 @@ def give_back() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+class Resident:
+    """Gives freed memory back whenever the process has grown: what a flood took does not stay for good."""
+
+    def __init__(self) -> None:
+        self._least = resident_bytes()
+
+    def look(self) -> bool:
+        """Give memory back if much has come since the last time; returns whether it did. Takes a moment."""
+        now = resident_bytes()
+        grown = now > self._least + _GROWN_BYTES
+        if grown:
+            give_back()
+            self._least = resident_bytes()
+        else:
+            self._least = min(self._least, now)
+        return grown
+
+
+def resident_bytes() -> int:
+    """Return how much memory the process has; 0 where the system does not say."""
+    with contextlib.suppress(OSError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
 
 
 def _set(option: int, value: int) -> None:

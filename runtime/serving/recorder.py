@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import logging
+import re
 import threading
 import time
 
@@ -19,6 +20,9 @@ from runtime.serving.tracing import Tracer
 log = logging.getLogger("f2rt.recorder")
 
 _MAX_ERROR_CHARS = 400
+# What an error quotes may be a caller's text, such as a prompt given as the name of one: the caller reads it, the log
+# does not have it.
+_QUOTED = re.compile(r"""(?<!\w)(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|`[^`]*`|['"`].*)""", re.DOTALL)
 _PAUSE_S = 0.02
 _AWAKE_S = 10.0  # after the latest request; then the next one has to wake the thread
 
@@ -111,6 +115,6 @@ def _log(outcome: Outcome) -> None:
             "total_ms": timings.total_ms,
         }
     if outcome.error:
-        fields["error"] = outcome.error[:_MAX_ERROR_CHARS]
+        fields["error"] = _QUOTED.sub("'…'", outcome.error)[:_MAX_ERROR_CHARS]
     level = logging.ERROR if outcome.status == "INTERNAL" else logging.INFO
     access_log.log(level, "request", extra={"fields": fields})

@@ -147,7 +147,7 @@ class EmbeddingService:
                 raise unreadable(request)
             return pb.EmbedStreamResponse(response=self._embed(request, context, dropping))
         except F2rtError as error:
-            self._models.refused(error, "grpc")
+            self._models.refused(error, "grpc", "" if isinstance(request, DecodeError) else request.request_id)
             retry_s = error.retry_after_s if isinstance(error, OverloadedError) else 0.0
             code, message = grpc.StatusCode[status_of(error).grpc], details(error)
         except Exception:

@@ -2,6 +2,9 @@
 
 Handlers run on gRPC's threads, not in an event loop: a request is then tokenized and computed where it arrived. One
 wrapper around each method does it all; interceptors would run for every call before it starts.
+
+Methods with one request are registered as if they took a stream of them, which is the same on the wire: gRPC would else
+keep a thread waiting for the message before any of our code runs, for as long as the peer likes and without a key.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, NoReturn
 
 import grpc
@@ -21,11 +25,19 @@ from runtime.errors import ERROR_DOMAIN, F2rtError, InputError, OverloadedError,
 from runtime.serving.access import Keys
 from runtime.serving.job import Job
 from runtime.serving.pipeline import Pipeline
+from runtime.wire.grpc_patience import Patience, Watchman
 
 log = logging.getLogger("f2rt.grpc")
 
 # Details travel in a trailer, which gRPC drops above 8 KiB, and percent-encoded: up to 12 bytes a character.
 _MAX_MESSAGE_CHARS = 400
+
+MOST_WAITING = 256  # calls whose message has not come; each has a thread
+MOST_REFLECTING = 16  # streams of reflection; each has a thread, too
+_MOST_WATCHING = 1 << 20
+_MESSAGE_S, _REFLECTION_S = 30.0, 60.0
+_WATCH_S = 2.0  # in which a peer that watches something lets a message through
+_READ_S, _UNREAD_BYTES = 120.0, 256 << 20  # of answers that were given and not read yet
 
 UNEXPECTED = "an unexpected error; the server's log has the details."  # a caller learns no internals
 
@@ -36,12 +48,21 @@ Stream = Callable[[Iterator[Any], Any], Iterator[Any]]
 class Calls:
     """Wraps methods, and knows how many calls are open."""
 
-    def __init__(self, keys: Keys, refused: Callable[[F2rtError, str], None] = lambda error, protocol: None) -> None:
-        """`refused` hears of requests for vectors that got an error, and in which protocol."""
+    def __init__(self, keys: Keys, refused: Callable[[F2rtError, str, str], None]) -> None:
+        """`refused` hears of requests for vectors that got an error, in which protocol, and what id they have."""
         self._keys = keys
         self._refused = refused
         self._open = 0
         self._changed = threading.Condition()
+        self._messages = Patience(_MESSAGE_S, MOST_WAITING)
+        self._reflecting = Patience(_REFLECTION_S, MOST_REFLECTING)
+        self._unread = Patience(_READ_S, _UNREAD_BYTES)
+        self._watching = Patience(_WATCH_S, _MOST_WATCHING)
+        self._watchman = Watchman(self._messages, self._reflecting, self._unread, self._watching)
+
+    def close(self) -> None:
+        """Watch no calls any more."""
+        self._watchman.close()
 
     def wait_idle(self, seconds: float) -> bool:
         """Wait until no call is open: each has its response sent, or was cancelled. Returns whether it came to that."""
@@ -58,25 +79,34 @@ class Calls:
         A `public` one needs no key. `protocol` is what one that makes vectors is counted under.
         """
 
-        def answer(message: Any, context: Any) -> Any:
-            self._opened(context)
+        def answer(messages: Iterator[Any], context: Any) -> tuple[Any, Any]:
+            message: Any = None
             try:
                 if not public:
                     self._check_key(context)
+                message = self._message(messages, context)
+                self._opened(context)
                 if isinstance(message, DecodeError):
                     raise unreadable(message)
-                return behavior(message, context)
+                return behavior(message, context), context
+            except grpc.RpcError:  # the call is over: nobody is there to be told
+                raise
             except F2rtError as error:
                 failure: Exception = error
                 if protocol:
-                    self._refused(error, protocol)
+                    self._refused(error, protocol, _id(message))
             except Exception as error:
                 # A fault of ours: the caller learns no internals, the log has all of them.
                 log.exception("unexpected error in %s", behavior.__name__)
                 failure = error
             return abort(context, failure)
 
-        return grpc.unary_unary_rpc_method_handler(answer, _parser(request), response.SerializeToString)
+        def serialize(answered: tuple[Any, Any]) -> bytes:
+            data: bytes = answered[0].SerializeToString()
+            self._unread.hold(answered[1], len(data))
+            return data
+
+        return grpc.stream_unary_rpc_method_handler(answer, _parser(request), serialize)
 
     def stream(self, behavior: Stream, request: Any, response: Any) -> Any:
         """Return the handler of a bidirectional stream. Unreadable requests reach `behavior` as DecodeError."""
@@ -97,6 +127,36 @@ class Calls:
 
         return grpc.stream_stream_rpc_method_handler(answer, _parser(request), response.SerializeToString)
 
+    def watch(self, behavior: Callable[..., Any], request: Any, response: Any) -> Any:
+        """Return the handler of a public method with one request whose responses come later, and hold no thread."""
+
+        def answer(messages: Iterator[Any], context: Any, send_response_callback: Callable[[Any], None]) -> None:
+            def send(message: Any) -> None:
+                with self._watching.waiting(context):  # sent when the peer's window lets it through
+                    send_response_callback(message)
+
+            behavior(self._message(messages, context), context, send)
+
+        answer.experimental_non_blocking = True  # type: ignore[attr-defined]
+        return grpc.stream_stream_rpc_method_handler(answer, request.FromString, response.SerializeToString)
+
+    def reflection(self, behavior: Stream, request: Any, response: Any) -> Any:
+        """Return the handler of reflection: questions of a moment, which shutting down does not wait for."""
+
+        def answer(messages: Iterator[Any], context: Any) -> Iterator[Any]:
+            with self._reflecting.waiting(context):
+                yield from behavior(messages, context)
+
+        return grpc.stream_stream_rpc_method_handler(answer, request.FromString, response.SerializeToString)
+
+    def _message(self, messages: Iterator[Any], context: Any) -> Any:
+        """Return a call's message once it has come. Raises InputError where none does, RpcError when the call ends."""
+        with self._messages.waiting(context):
+            message = next(messages, None)
+        if message is None:
+            raise InputError("the call has no message.", cure="Send the message of the .proto.")
+        return message
+
     def _check_key(self, context: Any) -> None:
         if self._keys.required:
             shown = {key: value for key, value in context.invocation_metadata() if key in _KEY_HEADERS}
@@ -105,14 +165,21 @@ class Calls:
     def _opened(self, context: Any) -> None:
         with self._changed:
             self._open += 1
-        if not context.add_callback(self._ended):  # it ended before it began
-            self._ended()
+        ended = partial(self._ended, context)
+        if not context.add_callback(ended):  # it ended before it began
+            ended()
 
-    def _ended(self) -> None:
+    def _ended(self, context: Any) -> None:
+        self._unread.release(context)
         with self._changed:
             self._open -= 1
             if not self._open:
                 self._changed.notify_all()
+
+
+def _id(message: Any) -> str:
+    """Return the id that a request says it has, as far as it could be read."""
+    return str(getattr(message, "request_id", "") or getattr(message, "id", ""))
 
 
 _KEY_HEADERS = ("authorization", "x-api-key")

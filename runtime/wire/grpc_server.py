@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_health.v1 import health, health_pb2
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from runtime.errors import InputError
 from runtime.serving.access import Keys
@@ -15,12 +15,15 @@ from runtime.serving.model import State
 from runtime.serving.models import Models
 from runtime.settings import ServeSettings
 from runtime.wire import f2rt_v1, kserve_v2
-from runtime.wire.grpc_calls import Calls
+from runtime.wire.grpc_calls import MOST_REFLECTING, MOST_WAITING, Calls
+from runtime.wire.grpc_health import Health
 from runtime.wire.tls import TlsFiles
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
-_SPARE = 32  # threads for those who are refused, for health and for Info, while every request and stream has one
+# Threads for those who are refused, for health and for Info, while every request, every stream and everybody whose
+# message has not come has one.
+_SPARE = 32
 _FLUSH_S = 0.2  # for the last bytes of what was answered
 _IDLE_MS = 30 * 60 * 1000
 _KEEPALIVE_MS = 60 * 1000
@@ -35,7 +38,7 @@ class GrpcServer:
         self._tls = tls
         self._models = models
         self._calls = Calls(keys, models.refused)
-        self._health = _Health(experimental_non_blocking=True, experimental_thread_pool=ThreadPoolExecutor(1))
+        self._health = Health()
         self._server = grpc.server(
             ThreadPoolExecutor(_threads(models, settings), thread_name_prefix="f2rt-grpc"),
             options=[
@@ -59,13 +62,19 @@ class GrpcServer:
         )
         handlers = f2rt_v1.EmbeddingService(models, settings, keys, tls).handlers(self._calls)
         handlers += kserve_v2.InferenceService(models).handlers(self._calls)
-        self._server.add_generic_rpc_handlers(handlers)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        handlers.append(self._health.handler(self._calls))
         own = [f2rt_v1.SERVICE_NAME, f2rt_v1.ADMIN_NAME, kserve_v2.SERVICE_NAME]
         self._names = ["", f2rt_v1.SERVICE_NAME, kserve_v2.SERVICE_NAME]
         names = [*own, health.SERVICE_NAME, reflection.SERVICE_NAME]
         if not keys.required:  # with keys everything but health is closed
-            reflection.enable_server_reflection(names, self._server)
+            handlers.append(self._reflection_handler(names))
+        self._server.add_generic_rpc_handlers(handlers)
+
+    def _reflection_handler(self, names: list[str]) -> Any:
+        servicer = reflection.ReflectionServicer(names)
+        request, response = reflection_pb2.ServerReflectionRequest, reflection_pb2.ServerReflectionResponse
+        method = self._calls.reflection(servicer.ServerReflectionInfo, request, response)
+        return self._calls.service(reflection.SERVICE_NAME, {"ServerReflectionInfo": method})
 
     def start(self) -> str:
         """Listen. Returns the address with the port really taken. Raises InputError."""
@@ -99,6 +108,8 @@ class GrpcServer:
     def stop(self) -> None:
         """Stop. What is still open is over its time, or a stream that never ends by itself, such as a health Watch."""
         self._server.stop(_FLUSH_S).wait()
+        self._calls.close()
+        self._health.close()
 
 
 def _threads(models: Models, settings: ServeSettings) -> int:
@@ -107,15 +118,4 @@ def _threads(models: Models, settings: ServeSettings) -> int:
     As many requests as a pipeline lets in, for each model and one more, since a reload leaves the old one its calls.
     """
     one = settings.scheduling.max_waiting_requests + settings.limits.max_batch_rows
-    return one * (len(list(models)) + 1) + f2rt_v1.MOST_STREAMS + _SPARE
-
-
-class _Health(health.HealthServicer):  # type: ignore[misc]
-    """grpc.health.v1 with List, which the library's servicer does not have."""
-
-    def List(self, request: Any, context: Any) -> Any:  # noqa: N802
-        """Return the status of every service."""
-        with self._lock:
-            found = dict(self._server_status)
-        statuses = {name: health_pb2.HealthCheckResponse(status=status) for name, status in found.items()}
-        return health_pb2.HealthListResponse(statuses=statuses)
+    return one * (len(list(models)) + 1) + f2rt_v1.MOST_STREAMS + MOST_WAITING + MOST_REFLECTING + _SPARE

@@ -11,7 +11,7 @@ from starlette.requests import Request
 
 from runtime.errors import TooLargeError, UnavailableError
 
-_SILENCE_S = 30.0  # in the middle of a body
+_SILENCE_S, _BODY_S = 30.0, 300.0  # in the middle of a body, and for all of it
 _SMALL = 1 << 16  # bytes; as much as a connection may buffer anyway
 _LARGEST_AT_A_TIME = 16
 
@@ -71,12 +71,16 @@ class Body:
             raise self._bodies.too_large(int(announced))
         parts: list[bytes] = []
         stream = request.stream()
+        loop = asyncio.get_running_loop()
+        end_s = loop.time() + _BODY_S
         while True:
             try:
-                async with asyncio.timeout(_SILENCE_S):  # cheaper than wait_for, which makes a task of each part
+                # Cheaper than wait_for, which makes a task of each part.
+                async with asyncio.timeout_at(min(loop.time() + _SILENCE_S, end_s)):
                     part = await anext(stream, None)
             except TimeoutError as error:
-                raise HTTPException(408, f"the rest of the body did not come within {_SILENCE_S:g} s.") from error
+                limit = f"{_BODY_S:g} s in all" if loop.time() >= end_s else f"{_SILENCE_S:g} s"
+                raise HTTPException(408, f"the rest of the body did not come within {limit}.") from error
             if part is None:
                 return b"".join(parts)
             self.size += len(part)

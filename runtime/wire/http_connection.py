@@ -18,6 +18,7 @@ from runtime.wire.openai_v1 import error_body
 
 HEADERS_S = 30.0
 _SURPLUS_S = 1.0  # for the headers of a connection too many
+_UNREAD_S = 30.0  # in which a peer reads nothing of an answer
 _LINGER_S = 1.0  # in which the peer may go on sending, so that it gets to read why it was refused
 _TOO_MANY = "the server has as many connections as it takes. Try again later, or ask another replica."
 
@@ -30,6 +31,7 @@ class HttpConnection(H11Protocol):
         self._most, self.limit_concurrency = self.limit_concurrency, None
         self._awaited: asyncio.TimerHandle | None = None
         self._refused = False
+        self._reading: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Refuse what comes on a connection too many; a new one has to say something."""
@@ -54,8 +56,37 @@ class HttpConnection(H11Protocol):
         super().on_response_complete()
         self._look()
 
+    def pause_writing(self) -> None:
+        """Have the peer read on: what it does not read is kept here."""
+        super().pause_writing()
+        if self._reading is None:
+            self._expect_reading()
+
+    def resume_writing(self) -> None:
+        """Go on: enough was read."""
+        super().resume_writing()
+        self._stop_expecting()
+
+    def _expect_reading(self) -> None:
+        left = self.transport.get_write_buffer_size()
+        self._reading = self.loop.call_later(_UNREAD_S, self._look_at_reading, left)
+
+    def _look_at_reading(self, before: int) -> None:
+        self._reading = None
+        if self.transport.get_write_buffer_size() < before:
+            self._expect_reading()
+            return
+        self.logger.warning("closing a connection: of its answer, %d bytes were not read in %g s", before, _UNREAD_S)
+        self.transport.abort()
+
+    def _stop_expecting(self) -> None:
+        if self._reading is not None:
+            self._reading.cancel()
+            self._reading = None
+
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection."""
+        self._stop_expecting()
         self._watch(expected=False)
         super().connection_lost(exc)
 

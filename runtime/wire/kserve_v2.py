@@ -26,6 +26,7 @@ from runtime.wire.grpc_calls import Calls, Dropping, header
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 INPUT, OUTPUT, VERSION = "text", "embedding", "1"
 _TRUNCATE = {"END": Truncate.END, "START": Truncate.START, "NONE": Truncate.ERROR}
+_IGNORED = ("priority",)  # clients' own: all requests wait in one fair queue
 _PARAMETERS = ("input_type", "prompt_name", "prompt", "truncate", "dimensions", "normalize", "timeout")
 
 __all__ = ["SERVICE_NAME", "InferenceService"]
@@ -116,6 +117,8 @@ def _parameters(request: pb.ModelInferRequest) -> dict[str, Any]:
     """Return the request's parameters as Python values. Raises InputError for an unknown one."""
     values: dict[str, Any] = {}
     for name, parameter in request.parameters.items():
+        if name in _IGNORED:
+            continue
         if name not in _PARAMETERS:
             raise InputError(f"there is no parameter {name[:40]!r}.", cure=f"Use one of: {', '.join(_PARAMETERS)}.")
         kind = parameter.WhichOneof("parameter_choice")
