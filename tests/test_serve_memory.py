@@ -170,11 +170,22 @@ def test_a_running_server_leaves_its_engines_to_their_models(bundle: Bundle) -> 
 
 
 def test_memory_is_given_back_when_much_has_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    mib = 1 << 20
-    sizes = iter([100 * mib, 120 * mib, 90 * mib, 140 * mib, 95 * mib, 120 * mib])
-    given: list[bool] = []
-    monkeypatch.setattr(memory, "resident_bytes", lambda: next(sizes))
-    monkeypatch.setattr(memory, "give_back", lambda: given.append(True))
-    resident = memory.Resident()
-    assert [resident.look(), resident.look(), resident.look(), resident.look()] == [False, False, True, False]
-    assert given == [True]
+    resident = {"mib": 100}
+    free = {"mib": 0}
+
+    def trim() -> None:
+        resident["mib"] -= free["mib"]
+        free["mib"] = 0
+
+    monkeypatch.setattr(memory, "resident_bytes", lambda: resident["mib"] << 20)
+    monkeypatch.setattr(memory, "_trim", trim)
+    look = memory.Resident().look
+    resident["mib"] = 120
+    assert not look(), "little has come"
+    resident["mib"] = 300
+    assert look()
+    assert resident["mib"] == 300, "all of it is in use"
+    free["mib"] = 190
+    assert look()
+    assert resident["mib"] == 110
+    assert not look()

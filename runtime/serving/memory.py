@@ -61,26 +61,24 @@ def loading() -> Iterator[None]:
 def give_back() -> None:
     """Collect what cycles still hold, and have glibc return the free pages of all its arenas."""
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    _trim()
 
 
 class Resident:
-    """Gives freed memory back whenever the process has grown: what a flood took does not stay for good."""
+    """Gives freed memory back while the process is larger than it was: what a flood took does not stay for good."""
 
     def __init__(self) -> None:
         self._least = resident_bytes()
 
     def look(self) -> bool:
-        """Give memory back if much has come since the last time; returns whether it did. Takes a moment."""
-        now = resident_bytes()
-        grown = now > self._least + _GROWN_BYTES
+        """Give back what is free if there may be much of it; returns whether it did. Takes a moment, without the GIL.
+
+        Compared with the least there ever was, and not with the last time: in the middle of a flood nothing is free.
+        """
+        grown = resident_bytes() > self._least + _GROWN_BYTES
         if grown:
-            give_back()
-            self._least = resident_bytes()
-        else:
-            self._least = min(self._least, now)
+            _trim()
+        self._least = min(self._least, resident_bytes())
         return grown
 
 
@@ -89,6 +87,12 @@ def resident_bytes() -> int:
     with contextlib.suppress(OSError):
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return 0
+
+
+def _trim() -> None:
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _set(option: int, value: int) -> None:
