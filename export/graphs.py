@@ -71,6 +71,11 @@ def write_graphs(
     tell(f"calibration: {measured.summary(checkpoint.contract.max_tokens)}")
     for prompt, count in missing_prompts(texts, checkpoint.contract.prompts).items():
         tell(f"notice: the checkpoint has no prompt {prompt!r}: {count} calibration texts were taken without one")
+    if Precision.FP16 in precisions and len(texts) < _FEW_TEXTS:
+        tell(
+            f"notice: FP16 ranges from {len(texts)} texts leave out what those do not show, and others may overflow; "
+            f"give {_FEW_TEXTS} or more, of all the kinds that will be embedded, and see what parity says of the graph"
+        )
     if Precision.INT8 in precisions and len(texts) < _FEW_TEXTS:
         tell(
             f"notice: INT8 ranges from {len(texts)} texts leave out what those do not show, and single texts can come "

@@ -26,10 +26,12 @@ from export.report.data import (
     REPORT_SCHEMA_VERSION,
     EngineReport,
     ParityReport,
+    Stage,
     TokenMismatch,
     WorstText,
     policy_record,
 )
+from export.report.words import broken_graphs
 from export.runs import OpenWithThreads, Runs
 from export.samples import Progress, Sample, Vectors, compare_tokenizers, coverage_of, golden_of, make_samples
 from export.stages import follow
@@ -70,9 +72,10 @@ def check_bundle(
     comparison = _Comparison(bundle, reference, samples, mismatches, policy, settings, progress)
     engines = [comparison.engine(record) for record in records]
     golden = golden_of(samples)
+    stages = follow(bundle, reference, golden, policy, progress) if with_stages else []
     report = ParityReport(
         schema_version=REPORT_SCHEMA_VERSION,
-        verdict=overall(engines, mismatches),
+        verdict=overall(engines, mismatches, stages),
         created_at=timestamp(),
         bundle_fingerprint=bundle.manifest.fingerprint,
         source=bundle.manifest.source,
@@ -83,16 +86,19 @@ def check_bundle(
         versions=versions(["numpy", "onnxruntime", "tokenizers"]) | reference.versions,
         duration_s=round(time.perf_counter() - start, 3),
         policy=policy_record(policy),
-        stages=follow(bundle, reference, golden, policy, progress) if with_stages else [],
+        stages=stages,
         activations=activations(bundle),
     )
     return report, golden
 
 
-def overall(engines: Sequence[EngineReport], mismatches: Sequence[TokenMismatch]) -> Verdict:
-    """Return the verdict of these engines together: one that fails is enough, one that ran is needed."""
+def overall(engines: Sequence[EngineReport], mismatches: Sequence[TokenMismatch], stages: Sequence[Stage]) -> Verdict:
+    """Return the verdict of these engines together: one that fails is enough, one that ran is needed.
+
+    So is a graph of theirs that would fail on a GPU, although an engine on CPU may not.
+    """
     verdicts = {e.verdict for e in engines}
-    if mismatches or "fail" in verdicts:
+    if mismatches or "fail" in verdicts or broken_graphs(stages, (e.precision for e in engines)):
         return "fail"
     return "pass" if "pass" in verdicts else "not_executed"
 

@@ -196,7 +196,8 @@ def _merged(
                 policy_sha256=report.policy.sha256,
             )
         engines += [result] if result else []
-    return replace(report, engines=engines, verdict=overall(list(found.values()), report.tokenizer_mismatches))
+    verdict = overall(list(found.values()), report.tokenizer_mismatches, report.stages)
+    return replace(report, engines=engines, verdict=verdict)
 
 
 def _golden_is_whole(bundle: Bundle) -> bool:

@@ -21,6 +21,8 @@ from export.parity import check_bundle
 from export.pipeline import export_bundle
 from export.precision import Precision
 from export.reference import Reference
+from export.report.ci import github_annotations, to_junit
+from export.report.words import headline
 from export.rescale import ACTIVATION_LIMIT, RescalePlan, balance, plan_rescaling
 from export.weights import absmax
 from runtime.batch import make_batch
@@ -105,6 +107,13 @@ def test_the_report_finds_a_graph_that_overflows(mini: Path, tmp_path: Path, mon
     assert stages["fp16 graph"].verdict == "fail"
     assert stages["fp16 graph"].guilty == "layer 0: the first with values that are not finite"
     assert stages["fp32 graph"].verdict == stages["bf16 graph"].verdict == "pass", "bfloat16 reaches as far as float32"
+    assert {e.verdict for e in report.engines} == {"pass"}, "on CPU"
+    assert report.verdict == "fail"
+    assert "fp16 graph: misses its limits with results rounded as on a GPU; layer 0: the first" in headline(report)
+    assert b'<testsuite name="graphs" tests="1" failures="1"' in to_junit(report)
+    assert any("parity of the fp16 graph" in line for line in github_annotations(report))
+    fp32, _ = check_bundle(bundle, Reference(location), TEXTS[:5], engine_names=["onnxruntime:fp32"])
+    assert fp32.verdict == "pass", "what was not asked for"
 
 
 def test_parity_passes_for_fp16_in_every_way_of_running(hostile_bundle: Bundle, hostile: Path) -> None:

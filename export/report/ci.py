@@ -6,13 +6,16 @@ import re
 import xml.etree.ElementTree as ET
 
 from export.report.data import EngineReport, ParityReport
-from export.report.words import number, value_of
+from export.report.words import broken, broken_graphs, number, value_of
 
 _NOT_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def to_junit(report: ParityReport) -> bytes:
-    """Return JUnit XML: a suite per engine, a case per threshold; an engine that was not executed is skipped."""
+    """Return JUnit XML: a suite per engine, a case per threshold; an engine that was not executed is skipped.
+
+    Graphs that would fail on a GPU are cases of a suite of their own.
+    """
     root = ET.Element("testsuites", name="f2rt parity", time=str(report.duration_s))
     for engine in report.engines:
         cases = _cases(engine)
@@ -36,6 +39,14 @@ def to_junit(report: ParityReport) -> bytes:
         ):
             ET.SubElement(properties, "property", name=name, value=value)
         suite.extend(cases)
+    lost = broken_graphs(report.stages, (e.precision for e in report.engines))
+    if lost:
+        suite = ET.SubElement(
+            root, "testsuite", name="graphs", tests=str(len(lost)), failures=str(len(lost)), errors="0"
+        )
+        for stage in lost:
+            found = ET.SubElement(suite, "testcase", classname="parity.graphs", name=stage.name)
+            ET.SubElement(found, "failure", message=_clean(broken(stage)))
     ET.indent(root)
     data: bytes = ET.tostring(root, encoding="utf-8", xml_declaration=True)
     return data + b"\n"
@@ -73,7 +84,7 @@ def _clean(text: str) -> str:
 
 
 def github_annotations(report: ParityReport) -> list[str]:
-    """Return GitHub workflow commands: an error per broken limit, a notice per engine that was not executed."""
+    """Return GitHub workflow commands: errors for broken limits and graphs, notices for engines not executed."""
     lines = []
     for engine in report.engines:
         title = f"parity of {engine.engine}"
@@ -84,6 +95,8 @@ def github_annotations(report: ParityReport) -> list[str]:
                 text = f"{threshold.name} is {value_of(threshold)}, allowed {threshold.sense} {number(threshold.limit)}"
                 lines.append(_command("error", title, f"{text} ({threshold.where})" if threshold.where else text))
         lines += [_command("error", title, f"likely cause: {cause}") for cause in engine.diagnosis]
+    lost = broken_graphs(report.stages, (e.precision for e in report.engines))
+    lines += [_command("error", f"parity of the {stage.name}", broken(stage)) for stage in lost]
     lines += [_command("error", "tokenizer", f"{m.id}: {m.explanation}") for m in report.tokenizer_mismatches[:5]]
     return lines
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import isfinite
 
 from export.report.data import ParityReport, Stage, Threshold
@@ -16,18 +16,36 @@ def headline(report: ParityReport) -> str:
     failed = [e.engine for e in report.engines if e.verdict == "fail"]
     idle = len(report.engines) - len(passed) - len(failed)
     other = [e.engine for e in report.engines if e.policy_sha256 and e.policy_sha256 != report.policy.sha256]
+    idle_graphs = sorted({g.precision for g in report.graphs} - {e.precision for e in report.engines})
+    lost = broken_graphs(report.stages, (e.precision for e in report.engines))
     parts = [
         report.partial,
         f"{_engines(len(passed))} within every limit" if passed else "",
         f"{_engines(len(failed))} outside the limits: {', '.join(failed)}" if failed else "",
         f"{_engines(idle)} not executed on this machine, so not proven" if idle else "",
+        *map(broken, lost),
+        f"{', '.join(idle_graphs)}: not executed, no engine of it was compared" if idle_graphs else "",
         f"of these under another policy than {report.policy.name}: {', '.join(other)}" if other else "",
     ]
-    return "; ".join(p for p in parts if p) + "."
+    return ("; ".join(p for p in parts if p) or "nothing was compared") + "."
 
 
 def _engines(count: int) -> str:
     return f"{count} engine" if count == 1 else f"{count} engines"
+
+
+def broken_graphs(stages: Sequence[Stage], precisions: Iterable[str]) -> list[Stage]:
+    """Return the narrow graphs of these precisions that miss their limits once every result is rounded as on a GPU.
+
+    An engine on CPU, which widens float16, may give good vectors for such a graph all the same.
+    """
+    asked = set(precisions) - {"fp32"}
+    return [s for s in stages if s.verdict == "fail" and s.precision in asked and s.name == f"{s.precision} graph"]
+
+
+def broken(stage: Stage) -> str:
+    """Say what a graph that misses its limits does."""
+    return f"{stage.name}: misses its limits with results rounded as on a GPU; {stage.guilty}".rstrip("; ")
 
 
 def guilty_steps(stages: Sequence[Stage]) -> list[str]:

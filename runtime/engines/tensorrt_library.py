@@ -58,10 +58,13 @@ FLAVOURS = {
     "tensorrt": Flavour(
         "tensorrt",
         "tensorrt",
-        "pip install 'f2rt[tensorrt]'; its libraries come from NVIDIA's own package index",
+        "pip install 'f2rt[tensorrt]', in a checkout '.[tensorrt]', with NVIDIA's own package index as "
+        "--extra-index-url: it alone has the libraries",
         b"ftrt",
     ),
-    "tensorrt-rtx": Flavour("tensorrt-rtx", "tensorrt_rtx", "pip install 'f2rt[tensorrt-rtx]'", b"vtrt"),
+    "tensorrt-rtx": Flavour(
+        "tensorrt-rtx", "tensorrt_rtx", "pip install 'f2rt[tensorrt-rtx]', in a checkout '.[tensorrt-rtx]'", b"vtrt"
+    ),
 }
 
 
@@ -70,7 +73,12 @@ def load_library(backend: str) -> Library:
     flavour = FLAVOURS[backend]
     try:
         return cast(Library, importlib.import_module(flavour.module))
-    except (ImportError, OSError) as error:  # OSError: the module is there and its shared libraries are not
+    except (ImportError, OSError) as error:
+        if not isinstance(error, ModuleNotFoundError):  # the module is there, its shared libraries cannot be loaded
+            raise MissingExtraError(
+                f"{backend} is installed here, and cannot be loaded ({error}).",
+                cure=f"Where there is too little memory to load it, free some; else install it again: {flavour.install}",
+            ) from error
         raise MissingExtraError(
             f"{backend} is not installed here ({error}).", cure=f"Install it with: {flavour.install}"
         ) from error
