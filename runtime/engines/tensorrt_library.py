@@ -77,7 +77,7 @@ def load_library(backend: str) -> Library:
         if not isinstance(error, ModuleNotFoundError):  # the module is there, its shared libraries cannot be loaded
             raise MissingExtraError(
                 f"{backend} is installed here, and cannot be loaded ({error}).",
-                cure=f"Where there is too little memory to load it, free some; else install it again: {flavour.install}",
+                cure=f"Free memory where there is too little to load it; else install it again: {flavour.install}",
             ) from error
         raise MissingExtraError(
             f"{backend} is not installed here ({error}).", cure=f"Install it with: {flavour.install}"
