@@ -19,6 +19,7 @@ from onnxruntime.quantization import quantize_dynamic
 from typer.testing import CliRunner
 
 from calibration.texts import Text, calibration_texts, check_disjoint, verification_texts
+from export import int8
 from export.checkpoint import Checkpoint
 from export.cli import app
 from export.config import EncoderConfig
@@ -26,7 +27,7 @@ from export.encoder import build_encoder
 from export.external_data import DataLayout, write
 from export.graphs import measure
 from export.hub import locate
-from export.int8 import groups, round_rows, row_scales, search
+from export.int8 import Grid, groups, round_rows, row_scales, search
 from export.pipeline import export_bundle
 from export.precision import Precision
 from export.quantize import fold
@@ -395,6 +396,34 @@ def test_budget_out_of_range(mini: Path, tmp_path: Path, budget: str) -> None:
     assert done.exit_code == 2
     assert "INT8 budget" in done.output
     assert not (tmp_path / "b").exists()
+
+
+def test_smoothing_and_range_are_searched_for_each_input(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No fixed choice is as good, for any input; and what is best differs between them."""
+    bundle = made["hard"]
+    checkpoint = Checkpoint.open(locate(bundle.manifest.source.id))
+    texts = [t for t in calibration_texts() if len(t.text) < 200][::8]
+    measured = measure(checkpoint, bundle.folder, bundle.graph("fp32"), texts, lambda step, done: None)
+
+    def searched() -> list[Grid]:
+        return [
+            search(g, checkpoint.config, measured.statistics, lambda name: to_float32(checkpoint.weights.read(name)))
+            for g in groups(checkpoint.config)
+        ]
+
+    best = searched()
+    assert len({grid.alpha for grid in best}) > 2
+    assert len({grid.method for grid in best}) > 1
+    alphas = int8.ALPHAS
+    monkeypatch.setattr(int8, "RATIOS", ())
+    monkeypatch.setattr(int8, "RANGE_PERCENTILES", ())
+    gained = []
+    for alpha in (alphas[0], 0.5, alphas[-1]):
+        monkeypatch.setattr(int8, "ALPHAS", (alpha,))
+        fixed = searched()
+        assert all(one.error <= other.error for one, other in zip(best, fixed, strict=True))
+        gained.append(sum(one.error < 0.95 * other.error for one, other in zip(best, fixed, strict=True)))
+    assert min(gained) > 0
 
 
 def test_search_without_rows_is_an_error(made: Made) -> None:

@@ -44,7 +44,7 @@ class Double:
 
 
 def test_the_oldest_make_room_and_none_waits_for_longer_than_its_time() -> None:
-    patience = Patience(10.0, most=100)
+    patience = Patience(10.0, most=100, grace_s=0.0)
     first, second, third, late = (Double() for _ in range(4))
     for context, size in ((first, 60), (second, 40), (third, 50)):
         patience.hold(context, size)
@@ -62,6 +62,18 @@ def test_the_oldest_make_room_and_none_waits_for_longer_than_its_time() -> None:
     alone = Double()
     patience.hold(alone, 1000)
     assert not alone.cancelled, "one that is larger than all together is not cancelled for it"
+
+
+def test_in_a_burst_nobody_has_to_make_room() -> None:
+    patience = Patience(10.0, most=2, grace_s=1.0)
+    burst = [Double() for _ in range(50)]
+    for context in burst:
+        patience.hold(context)
+    assert not any(context.cancelled for context in burst)
+    patience.look(time.monotonic() + 0.5)
+    assert not any(context.cancelled for context in burst)
+    patience.look(time.monotonic() + 1.5)
+    assert [context.cancelled for context in burst] == [True] * 48 + [False] * 2
 
 
 class Silent:

@@ -35,7 +35,7 @@ _MAX_MESSAGE_CHARS = 400
 MOST_WAITING = 256  # calls whose message has not come; each has a thread
 MOST_REFLECTING = 16  # streams of reflection; each has a thread, too
 _MOST_WATCHING = 1 << 20
-_MESSAGE_S, _REFLECTION_S = 30.0, 60.0
+_MESSAGE_S, _REFLECTION_S = 120.0, 60.0
 _WATCH_S = 2.0  # in which a peer that watches something lets a message through
 _READ_S, _UNREAD_BYTES = 120.0, 256 << 20  # of answers that were given and not read yet
 

@@ -15,15 +15,20 @@ from collections.abc import Iterator
 from typing import Any
 
 _LOOK_S = 1.0
+_GRACE_S = 1.0  # in which nobody has to make room: in a burst even those in earnest wait for a moment
 
 
 class Patience:
     """Holders by age, each with a size, in threads or bytes."""
 
-    def __init__(self, seconds: float, most: int) -> None:
-        """A call is cancelled after `seconds`, and the oldest ones where all together hold more than `most`."""
+    def __init__(self, seconds: float, most: int, grace_s: float = _GRACE_S) -> None:
+        """A call is cancelled after `seconds`, and the oldest ones where all together hold more than `most`.
+
+        These only once they have held for `grace_s`.
+        """
         self.seconds = seconds
         self._most = most
+        self._grace_s = grace_s
         self._held: dict[Any, tuple[float, int]] = {}  # by context, the oldest first
         self._size = 0
         self._lock = threading.Lock()
@@ -35,9 +40,7 @@ class Patience:
             self._forget(context)
             self._held[context] = (now_s, size)
             self._size += size
-            ended = []
-            while self._size > self._most and len(self._held) > 1:  # never the one that has just come
-                ended.append(self._forget_oldest())
+            ended = self._make_room(now_s)
         _cancel(ended)
 
     def release(self, context: Any) -> None:
@@ -55,12 +58,21 @@ class Patience:
             self.release(context)
 
     def look(self, now_s: float) -> None:
-        """Cancel whoever has held for too long."""
-        ended = []
+        """Cancel whoever has held for too long, or has to make room."""
         with self._lock:
-            while self._held and now_s - next(iter(self._held.values()))[0] > self.seconds:
+            ended = self._make_room(now_s)
+            while self._held and self._longest_s(now_s) > self.seconds:
                 ended.append(self._forget_oldest())
         _cancel(ended)
+
+    def _make_room(self, now_s: float) -> list[Any]:
+        ended = []
+        while self._size > self._most and len(self._held) > 1 and self._longest_s(now_s) >= self._grace_s:
+            ended.append(self._forget_oldest())
+        return ended
+
+    def _longest_s(self, now_s: float) -> float:
+        return now_s - next(iter(self._held.values()))[0]
 
     def _forget(self, context: Any) -> None:
         _, size = self._held.pop(context, (0.0, 0))
