@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from runtime.errors import missing_extra
+from runtime.errors import MissingExtraError, missing_extra
 
 WaitOption = Annotated[
     float,
@@ -24,4 +24,10 @@ def export_extra() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise missing_extra(str(error.name), "export") from error
+        name = str(error.name)
+        if name.rpartition(".")[2].startswith("_"):  # a library's own inner part: it is there, and does not load
+            raise MissingExtraError(
+                f"a library of this command cannot be loaded: {error}.",
+                cure="Free memory if there is too little to load it, or install it again: pip install 'f2rt[export]'",
+            ) from error
+        raise missing_extra(name, "export") from error

@@ -21,6 +21,7 @@ from calibration.texts import Text, calibration_texts, verification_path, verifi
 from export.build import add_engine
 from export.checkpoint import Checkpoint
 from export.cli import app
+from export.options import export_extra
 from export.pipeline import export_bundle
 from export.precision import Precision
 from export.profiles import Profile
@@ -29,6 +30,7 @@ from runtime.bundle import bundle_files, check_hash, open_bundle
 from runtime.errors import (
     EngineError,
     InputError,
+    MissingExtraError,
     OutOfMemoryError,
     explain_memory_errors,
     is_out_of_memory,
@@ -380,3 +382,13 @@ def test_few_calibration_texts_and_unused_ones_are_noticed(tiny: Tiny) -> None:
     status, output = tiny.export("fp32")
     assert status == 0
     assert "is not used: fp32 needs no calibration" in output
+
+
+def test_a_library_that_is_there_and_does_not_load_is_not_called_missing() -> None:
+    with (
+        pytest.raises(MissingExtraError, match=r"cannot be loaded: No module named 'torch\._C'.*Free memory"),
+        export_extra(),
+    ):
+        raise ModuleNotFoundError("No module named 'torch._C'", name="torch._C")
+    with pytest.raises(MissingExtraError, match=r"the module 'torch' is not installed"), export_extra():
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
