@@ -135,7 +135,11 @@ class Calls:
                 with self._watching.waiting(context):  # sent when the peer's window lets it through
                     send_response_callback(message)
 
-            behavior(self._message(messages, context), context, send)
+            try:
+                message = self._message(messages, context)
+            except F2rtError as error:
+                abort(context, error)
+            behavior(message, context, send)
 
         answer.experimental_non_blocking = True  # type: ignore[attr-defined]
         return grpc.stream_stream_rpc_method_handler(answer, request.FromString, response.SerializeToString)
